@@ -1,0 +1,244 @@
+"""The messages of the testbed: msgpack maps, typed here and validated at the door.
+
+Times are seconds of the Unix epoch, durations seconds, energies joules, sizes bytes. Every message stands
+on its own: correlation (``request``), deadline and the rest of the route travel inside it, so that MQTT
+3.1.1 and 5 clients attach alike. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL = 1
+"""The version of these messages; a node that reads another one refuses it."""
+
+MAX_PAYLOAD = 16 * 1024 * 1024
+"""Bytes: nothing larger is encoded, accepted by the broker, or decoded."""
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,31}(?!\n)$")]
+Identifier = Annotated[str, Meta(min_length=1, max_length=96)]
+Prompt = Annotated[str, Meta(max_length=2000)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Step = Annotated[int, Meta(ge=0, le=1000)]
+Amount = Annotated[float, Meta(ge=0)]  # no NaN either
+Time = Amount
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower, forbid_unknown_fields=True):
+    """What all messages have in common."""
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """Denoising steps [start, stop) of one prompt with one model on one node."""
+
+    node: Name
+    model: Identifier
+    prompt: Prompt
+    start: Step
+    stop: Step
+
+
+class Latent(msgspec.Struct, frozen=True, kw_only=True):
+    """An intermediate result: the tensor between two denoising steps.
+
+    ``data`` holds the values in C order, little endian. ``padding`` are zero bytes that stand for the size
+    of an emulated model's latent, so that the network carries what it would carry.
+    """
+
+    dtype: Literal["float16", "bfloat16", "float32"]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=4096)], ...], Meta(max_length=4)]
+    data: memoryview
+    padding: memoryview = memoryview(b"")
+
+    def __post_init__(self) -> None:
+        found = memoryview(self.data).nbytes
+        wanted = math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+        if found != wanted:
+            raise ValueError(f"a {self.dtype} latent of shape {self.shape} has {wanted} bytes, not {found}")
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of a request's time on one node, and what it cost.
+
+    ``joules`` and ``flops`` are the request's own part where the work was shared; ``steps`` are denoising
+    steps run for this request, shared ones counted as their part (1 / sharers). ``modelled`` says that
+    duration and energy come from a compute profile, not from a clock and a meter. ``size`` is what a
+    transfer put on the wire.
+    """
+
+    name: Literal["collect", "plan", "queue", "denoise", "transfer", "decode"]
+    node: Name
+    start: Time
+    stop: Time
+    joules: Amount = 0.0
+    flops: Amount = 0.0
+    steps: Amount = 0.0
+    overruns: Annotated[int, Meta(ge=0)] = 0
+    size: Annotated[int, Meta(ge=0)] = 0
+    modelled: bool = False
+
+
+class Compute(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node computes: a profile's name or ``native``, and what one row's step and one decode take."""
+
+    profile: Identifier
+    step_seconds: Amount
+    step_joules: Amount
+    decode_seconds: Amount = 0.0
+    decode_joules: Amount = 0.0
+
+
+class Birth(Message, frozen=True, kw_only=True):
+    """Retained: who is there. The will of the session is the same message with ``state="lost"``."""
+
+    name: Name
+    role: Literal["edge", "device"]
+    state: Literal["ready", "gone", "lost"]
+    models: tuple[Identifier, ...] = ()
+    compute: Compute | None = None
+    protocol: int = PROTOCOL
+
+
+class Round(Message, frozen=True, kw_only=True):
+    """Runner to edge: plan the coming requests of this round with this framework.
+
+    The edge waits for ``requests`` of them, at most ``window`` seconds after the first.
+    """
+
+    round: Identifier
+    framework: Identifier
+    seed: Seed
+    requests: Annotated[int, Meta(ge=1, le=10000)]
+    window: Annotated[float, Meta(gt=0, le=3600)]
+
+
+class Ask(Message, frozen=True, kw_only=True):
+    """Runner to device: this user now wants this picture."""
+
+    round: Identifier
+    request: Identifier
+    prompt: Prompt
+    seed: Seed
+    steps: Annotated[int, Meta(ge=1, le=1000)]
+    deadline: Time
+
+
+class Request(Message, frozen=True, kw_only=True):
+    """Device to edge: a personal prompt. ``reply`` is the node whose inbox takes what comes back."""
+
+    round: Identifier
+    request: Identifier
+    reply: Name
+    prompt: Prompt
+    seed: Seed
+    steps: Annotated[int, Meta(ge=1, le=1000)]
+    sent: Time
+    deadline: Time
+
+
+class Work(Message, frozen=True, kw_only=True):
+    """Node to node: a latent and the rest of the route; the receiver runs its own segments and passes on.
+
+    No latent means that the route starts here, at step 0, from the noise of ``seed``. An empty ``route``
+    means that denoising is done: the receiver decodes, unless ``picture`` already holds the PNG. A
+    ``failure`` says in one sentence why there will be no picture.
+    """
+
+    round: Identifier
+    request: Identifier
+    reply: Name
+    seed: Seed
+    steps: Annotated[int, Meta(ge=1, le=1000)]
+    route: Annotated[tuple[Segment, ...], Meta(max_length=64)]
+    latent: Latent | None = None
+    picture: bytes | None = None
+    failure: str = ""
+    stages: Annotated[tuple[Stage, ...], Meta(max_length=256)] = ()
+    sent: Time
+    deadline: Time
+
+
+class Result(Message, frozen=True, kw_only=True):
+    """Device to runner: the one outcome of a request, with the stages of its way and their cost."""
+
+    round: Identifier
+    request: Identifier
+    device: Name
+    outcome: Literal["answered", "failed"]
+    reason: str = ""
+    asked: Time
+    finished: Time
+    stages: tuple[Stage, ...] = ()
+
+
+class Picture(Message, frozen=True, kw_only=True):
+    """Device to runner, after the clock has stopped: the picture as PNG."""
+
+    round: Identifier
+    request: Identifier
+    png: bytes
+
+
+class Planned(Message, frozen=True, kw_only=True):
+    """Edge to runner: what was planned for a round, as the planner's own structure.
+
+    ``plan`` is msgpack of the method's Plan; ``seconds`` the wall time that each part of planning took.
+    """
+
+    round: Identifier
+    framework: Identifier
+    plan: msgspec.Raw
+    seconds: dict[str, float]
+    error: str = ""
+
+
+class Spent(Message, frozen=True, kw_only=True):
+    """Node to runner, when a round is over on it: totals that no single request shows."""
+
+    round: Identifier
+    node: Name
+    denoiser_calls: int
+    rows: int
+    flops: Amount
+    busy: Amount
+    joules: Amount
+    overruns: int
+
+
+class Close(Message, frozen=True, kw_only=True):
+    """Runner to nodes: this round is over; report what it took. Without a round: leave."""
+
+    round: Identifier | None = None
+
+
+AnyMessage = Birth | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Close
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+class MalformedMessage(ValueError):
+    """A payload is no valid message: too large, no msgpack, unknown type or field, value out of range."""
+
+
+def encode(message: AnyMessage) -> bytes:
+    """The payload of a message; raises ``MalformedMessage`` above ``MAX_PAYLOAD`` bytes."""
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_PAYLOAD:
+        kind = type(message).__name__.lower()
+        raise MalformedMessage(f"a {kind} message of {len(payload)} bytes is over the limit of {MAX_PAYLOAD}")
+    return payload
+
+
+def decode(payload: bytes) -> AnyMessage:
+    """The message of a payload, checked against its type; raises ``MalformedMessage``."""
+    if len(payload) > MAX_PAYLOAD:
+        raise MalformedMessage(f"a payload of {len(payload)} bytes is over the limit of {MAX_PAYLOAD}")
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise MalformedMessage(str(error)) from error

@@ -1,0 +1,110 @@
+"""The topics of a testbed: ``semct/<testbed>/<node>/<what>``.
+
+A node publishes under its own name only. The one exception are inboxes: ``work`` (from the edge) and
+``control`` (from the runner) of a node are written by others. So the access rule of a device is one line,
+``pattern readwrite semct/+/%u/#``, and no device can read what another one was sent.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+import msgspec
+
+from broker.messages import (
+    Ask,
+    Birth,
+    Close,
+    Message,
+    Name,
+    Picture,
+    Planned,
+    Request,
+    Result,
+    Round,
+    Spent,
+    Work,
+)
+
+Outgoing = Literal["birth", "request", "forward", "result", "picture", "planned", "spent"]
+"""What a node publishes under its own name."""
+
+Inbox = Literal["work", "control"]
+"""What others publish to a node."""
+
+What = Outgoing | Inbox
+
+Own = Literal["birth", "request", "result", "picture", "planned", "spent"]
+"""What has one topic for each node: all it publishes but ``forward``, which also names the receiver."""
+
+CARRIES: dict[What, tuple[type[Message], ...]] = {
+    "birth": (Birth,),  # retained
+    "request": (Request,),  # device -> edge
+    "forward": (Work,),  # device -> the node named by the topic's last level
+    "result": (Result,),  # device -> runner
+    "picture": (Picture,),  # device -> runner
+    "planned": (Planned,),  # edge -> runner
+    "spent": (Spent,),  # node -> runner
+    "work": (Work,),  # edge -> node
+    "control": (Ask, Round, Close),  # runner -> node
+}
+"""The message types that each kind of topic may carry."""
+
+_ROOT = "semct"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # the pattern of messages.Name
+
+
+class Topic(msgspec.Struct, frozen=True):
+    """One topic, taken apart. ``to`` is the receiving node of a ``forward`` and None for all others."""
+
+    testbed: Name
+    node: Name
+    what: What
+    to: Name | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Topic:
+        """The parts of a topic; raises ``ValueError`` for anything outside the tree."""
+        match text.split("/"):
+            case [root, testbed, node, what] if root == _ROOT and what in CARRIES and what != "forward":
+                return cls(_name(testbed), _name(node), what)
+            case [root, testbed, node, "forward", to] if root == _ROOT:
+                return cls(_name(testbed), _name(node), "forward", _name(to))
+        raise ValueError(f"{text[:80]!r} is no topic of a testbed")
+
+
+class Topics(msgspec.Struct, frozen=True):
+    """The topics and subscription filters of one testbed, as MQTT wants them; names are checked."""
+
+    testbed: Name
+
+    def __post_init__(self) -> None:
+        _name(self.testbed)
+
+    def own(self, node: str, what: Own) -> str:
+        """Where ``node`` publishes ``what``."""
+        return f"{_ROOT}/{self.testbed}/{_name(node)}/{what}"
+
+    def forward(self, node: str, to: str) -> str:
+        """Where the device ``node`` publishes work for the node ``to``, whose inbox it may not write."""
+        return f"{_ROOT}/{self.testbed}/{_name(node)}/forward/{_name(to)}"
+
+    def inbox(self, node: str, what: Inbox) -> str:
+        """Where the edge (``work``) and the runner (``control``) write to ``node``."""
+        return f"{_ROOT}/{self.testbed}/{_name(node)}/{what}"
+
+    def to_node(self, node: str) -> tuple[str, ...]:
+        """Filters for all that is meant for ``node``: its inbox, and work forwarded to it."""
+        inbox = tuple(self.inbox(node, what) for what in get_args(Inbox))
+        return (*inbox, f"{_ROOT}/{self.testbed}/+/forward/{_name(node)}")
+
+    def every(self, what: Own) -> str:
+        """The filter for ``what`` of all nodes."""
+        return f"{_ROOT}/{self.testbed}/+/{what}"
+
+
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text[:80]!r} is no name of a testbed or node: use 1 to 32 of a-z, 0-9 and -, not - first")
+    return text

@@ -1,0 +1,33 @@
+"""The device as a process: on its own, or forked from a parent that has everything loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import msgspec
+import torch
+
+from device_node.node import DeviceNode, DeviceSettings
+from node.settings import start_logging
+from node.worker import make_worker, warm_up
+from semct.diffusion import Denoiser
+
+_load = functools.cache(Denoiser.load)
+
+
+def warm(arguments: dict[str, Any]) -> None:
+    """Load what all devices of this machine share, before the first is forked: ``model`` names it."""
+    torch.set_num_threads(1)
+    warm_up(_load(arguments["model"]))
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Run one device with its settings (as plain data) until it is told to leave."""
+    settings = msgspec.convert(arguments, DeviceSettings)
+    torch.set_num_threads(settings.threads)
+    start_logging()
+    worker = make_worker(settings, _load(settings.model))
+    asyncio.run(DeviceNode(settings, worker).run())
+    return 0

@@ -1,0 +1,206 @@
+"""One edge: collect requests, plan, run segments, pass latents on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
+from broker.session import Incoming, Session
+from broker.topics import Topics
+from edge_node.planning import DeviceLinks, Planner
+from node.serving import Deliveries, tasks_until_end
+from node.settings import NodeSettings
+from node.worker import Worker, received
+from semct.cost import Weights
+from semct.routes import Plan, Route
+
+_logger = logging.getLogger(__name__)
+
+
+class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
+    """The edge's settings: how it plans, beside how it computes.
+
+    ``quality`` names the curves to plan with, ``writer`` who words public prompts.
+    """
+
+    clusters: int = 3
+    most_shared: int = 13
+    weights: Weights = Weights()
+    quality: str = "embedded"
+    writer: str = "smollm2"
+    links: dict[str, DeviceLinks] = msgspec.field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Gathering:
+    """The requests of a round that wait for their plan."""
+
+    order: Round
+    requests: dict[str, Incoming] = field(default_factory=dict)
+    full: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EdgeNode:
+    """Serves one cell until the runner closes the testbed."""
+
+    def __init__(self, settings: EdgeSettings, worker: Worker, planner: Planner) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._planner = planner
+        self._rounds: dict[str, Round] = {}
+        self._gatherings: dict[str, _Gathering] = {}
+        self._holders: dict[str, tuple[str, ...]] = {}
+        self._deliveries = Deliveries()
+
+    async def run(self) -> None:
+        """Connect and serve; returns when told to leave."""
+        s = self._settings
+        birth = Birth(name=s.name, role="edge", state="ready", models=self._worker.models, compute=self._worker.compute)
+        topics = Topics(s.testbed)
+        filters = (*topics.to_node(s.name), topics.every("birth"), topics.every("request"))
+        async with (
+            Session(s.host, s.port, testbed=s.testbed, name=s.name, birth=birth, subscriptions=filters) as session,
+            tasks_until_end() as tasks,
+        ):
+            tasks.create_task(self._worker.drive())
+            async for incoming in session:
+                match incoming.message:
+                    case Birth() as other:
+                        self._meet(other)
+                    case Round() as order:
+                        self._rounds[order.round] = order
+                    case Request() as request:
+                        self._gather(session, tasks, request, incoming)
+                    case Work() as work if self._deliveries.is_first_work(work):
+                        arrived = received(work, incoming.topic.node, incoming.received, incoming.size)
+                        tasks.create_task(self._serve(session, arrived, group=work.request, weight=1.0))
+                    case Close(round=None):
+                        break
+                    case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
+                        self._rounds.pop(round_id, None)
+                        spent = self._worker.spent(round_id)
+                        tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
+
+    def _meet(self, birth: Birth) -> None:
+        if birth.state == "ready" and birth.role == "device" and birth.compute is not None:
+            self._planner.meet(birth.name, birth.compute)
+            self._holders[birth.name] = birth.models
+
+    def _gather(self, session: Session, tasks: asyncio.TaskGroup, request: Request, incoming: Incoming) -> None:
+        if request.reply != incoming.topic.node:
+            _logger.warning("%s asked in the name of %s: ignored", incoming.topic.node, request.reply)
+            return
+        order = self._rounds.get(request.round)
+        if order is None:
+            _logger.warning("request %s belongs to no open round (%s): ignored", request.request, request.round)
+            return
+        if not self._deliveries.is_first("request", request.round, request.request):
+            return
+        gathering = self._gatherings.get(order.round)
+        if gathering is None:
+            gathering = self._gatherings[order.round] = _Gathering(order)
+            tasks.create_task(self._answer(session, tasks, gathering))
+        gathering.requests[request.request] = incoming
+        if len(gathering.requests) >= order.requests:
+            gathering.full.set()
+
+    async def _answer(self, session: Session, tasks: asyncio.TaskGroup, gathering: _Gathering) -> None:
+        """Wait for the batch, plan it, and send every request on its way."""
+        order = gathering.order
+        try:
+            async with asyncio.timeout(order.window):
+                await gathering.full.wait()
+        except TimeoutError:
+            _logger.info(
+                "round %s: %d of %d requests came in time",
+                order.round,
+                len(gathering.requests),
+                order.requests,
+            )
+        del self._gatherings[order.round]
+        planning = time.time()
+        requests = {i.message.request: i for i in gathering.requests.values() if isinstance(i.message, Request)}
+        messages = [i.message for i in requests.values() if isinstance(i.message, Request)]
+        topic = session.topics.own(self._settings.name, "planned")
+        try:
+            plan, seconds = await asyncio.to_thread(self._planner.plan, order, messages)
+            legs = {route.request: _legs(route) for route in plan.routes}
+        except Exception as error:
+            _logger.exception("round %s cannot be planned", order.round)
+            reason = f"{order.framework} could not plan: {error}"
+            blank = Planned(round=order.round, framework=order.framework, plan=_packed(None), seconds={}, error=reason)
+            await session.publish(topic, blank)
+            for request in messages:
+                failed = self._work(request, requests[request.request], (), planning)
+                tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
+            return
+        planned = Planned(round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds)
+        tasks.create_task(session.publish(topic, planned))
+        for route in plan.routes:
+            incoming = requests[route.request]
+            assert isinstance(incoming.message, Request)  # noqa: S101  only requests are gathered
+            work = self._work(incoming.message, incoming, legs[route.request], planning)
+            work = msgspec.structs.replace(work, seed=route.seed, steps=route.steps)
+            cluster = next((i for i, c in enumerate(plan.clusters) if route.request in c.members), None)
+            weight = plan.share(route.request)
+            tasks.create_task(self._serve(session, work, group=(order.round, cluster), weight=weight))
+
+    def _work(
+        self,
+        request: Request,
+        incoming: Incoming,
+        legs: tuple[Segment, ...],
+        planning: float,
+    ) -> Work:
+        """The work of a request whose planning began at ``planning`` and has just ended."""
+        now = time.time()
+        name = self._settings.name
+        stages = (
+            Stage(
+                name="transfer",
+                node=request.reply,
+                start=request.sent,
+                stop=max(incoming.received, request.sent),
+                size=incoming.size,
+            ),
+            Stage(name="collect", node=name, start=incoming.received, stop=planning),
+            Stage(name="plan", node=name, start=planning, stop=now),
+        )
+        return Work(
+            round=request.round,
+            request=request.request,
+            reply=request.reply,
+            seed=request.seed,
+            steps=request.steps,
+            route=legs,
+            stages=stages,
+            sent=now,
+            deadline=request.deadline,
+        )
+
+    async def _serve(self, session: Session, work: Work, *, group: object, weight: float) -> None:
+        try:
+            work = await self._worker.carry(work, group=group, weight=weight)
+            if not work.route and self._settings.model not in self._holders.get(work.reply, ()):
+                work = await self._worker.decode(work)
+        except ValueError as error:
+            _logger.warning("request %s failed: %s", work.request, error)
+            work = msgspec.structs.replace(work, route=(), latent=None, failure=str(error))
+        await self._pass_on(session, work)
+
+    async def _pass_on(self, session: Session, work: Work) -> None:
+        receiver = work.route[0].node if work.route else work.reply
+        await session.publish(session.topics.inbox(receiver, "work"), msgspec.structs.replace(work, sent=time.time()))
+
+
+def _legs(route: Route) -> tuple[Segment, ...]:
+    return tuple(msgspec.convert(s, Segment, from_attributes=True) for s in route.segments)
+
+
+def _packed(plan: Plan | None) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.msgpack.encode(plan))

@@ -1,0 +1,112 @@
+"""From the requests of a round to a plan: what the edge knows, handed to a framework."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from broker import messages
+from semct import frameworks
+from semct.cost import Link, Network, NodeState, Weights
+from semct.prompts import SentenceEncoder
+from semct.public_prompt import Writer
+from semct.quality import QualityModel
+from semct.routes import Plan, Request
+
+
+class DeviceLinks(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's wireless link in both directions."""
+
+    up: Link = Link()
+    down: Link = Link()
+
+
+class Planner:
+    """Holds what planning needs, and plans a round with the framework that it names."""
+
+    def __init__(
+        self,
+        *,
+        edge: str,
+        compute: messages.Compute,
+        latent_bytes: int,
+        links: Mapping[str, DeviceLinks],
+        weights: Weights,
+        clusters: int,
+        most_shared: int,
+        model: str,
+        quality: QualityModel,
+        encoder: SentenceEncoder,
+        writer: Writer,
+    ) -> None:
+        self._edge = edge
+        self._nodes = {edge: _state(compute)}
+        self._latent_bytes = latent_bytes
+        self._links = links
+        self._weights = weights
+        self._most_shared = most_shared
+        self._clusters = clusters
+        self._model = model
+        self._quality = quality
+        self._encoder = encoder
+        self._writer = writer
+
+    def meet(self, name: str, compute: messages.Compute) -> None:
+        """Learn how a node computes."""
+        self._nodes[name] = _state(compute)
+
+    def plan(self, order: messages.Round, asked: Sequence[messages.Request]) -> tuple[Plan, dict[str, float]]:
+        """The plan for these requests, and the wall seconds of each part of planning and in total.
+
+        Raises what the framework raises, and ``ValueError`` for a request of a device that never announced
+        itself or a plan that does not lead each request over nodes that are there.
+        """
+        self._encoder.forget()
+        start = time.perf_counter()
+        requests = tuple(
+            Request(id=r.request, device=r.reply, prompt=r.prompt, seed=r.seed, steps=r.steps)
+            for r in sorted(asked, key=lambda r: r.request)
+        )
+        for r in requests:
+            if r.device not in self._nodes:
+                raise ValueError(f"device {r.device} asks for a picture but has not announced how it computes")
+        devices = [r.device for r in requests]
+        batch = frameworks.Batch(
+            requests=requests,
+            network=Network(
+                edge=self._edge,
+                nodes=self._nodes,
+                uplinks={d: self._links.get(d, DeviceLinks()).up for d in devices},
+                downlinks={d: self._links.get(d, DeviceLinks()).down for d in devices},
+                latent_bytes=self._latent_bytes,
+            ),
+            weights=self._weights,
+            most_shared=self._most_shared,
+            quality=self._quality,
+            encoder=self._encoder,
+            writer=self._writer,
+            model=self._model,
+            clusters=self._clusters,
+            seed=order.seed,
+        )
+        plan = frameworks.load(order.framework)(batch)
+        self._check(plan, requests)
+        return plan, {**batch.seconds, "total": time.perf_counter() - start}
+
+    def _check(self, plan: Plan, requests: Sequence[Request]) -> None:
+        if sorted(r.request for r in plan.routes) != sorted(r.id for r in requests):
+            raise ValueError(f"its plan has {len(plan.routes)} routes, not one for each of {len(requests)} requests")
+        unknown = {node for r in plan.routes for node in r.nodes} - set(self._nodes)
+        if unknown:
+            raise ValueError(f"its plan leads over {', '.join(sorted(unknown))}, which nobody knows")
+
+
+def _state(compute: messages.Compute) -> NodeState:
+    return NodeState(
+        step_seconds=compute.step_seconds,
+        step_joules=compute.step_joules,
+        decode_seconds=compute.decode_seconds,
+        decode_joules=compute.decode_joules,
+    )

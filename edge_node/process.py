@@ -1,0 +1,65 @@
+"""The edge as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import torch
+
+from edge_node.node import EdgeNode, EdgeSettings
+from edge_node.planning import Planner
+from node.settings import start_logging
+from node.worker import make_worker, warm_up
+from semct.clustering import by_entity
+from semct.diffusion import Denoiser
+from semct.prompts import SentenceEncoder, load_sentence_encoder
+from semct.public_prompt import LanguageModelWriter, MedoidWriter, RandomMemberWriter, Writer
+from semct.quality import load_quality_model
+
+_REHEARSAL = [["a cat on a beach", "a dog on a beach"]]
+
+
+def warm(arguments: dict[str, Any]) -> None:
+    """Nothing is loaded ahead: there is one edge, and what it loads wants threads."""
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Load everything, warm it up, then serve: the birth says that the edge is ready."""
+    settings = msgspec.convert(arguments, EdgeSettings)
+    start_logging()
+    torch.set_num_threads(settings.threads)
+    denoiser = Denoiser.load(settings.model)
+    warm_up(denoiser)
+    encoder = load_sentence_encoder()
+    writer = _writer(settings.writer, encoder)
+    writer.write(_REHEARSAL, 0)
+    by_entity(_REHEARSAL[0])  # its tagger loads on first use
+    worker = make_worker(settings, denoiser)
+    planner = Planner(
+        edge=settings.name,
+        compute=worker.compute,
+        latent_bytes=worker.latent_bytes,
+        links=settings.links,
+        weights=settings.weights,
+        most_shared=settings.most_shared,
+        clusters=settings.clusters,
+        model=denoiser.name,
+        quality=load_quality_model(settings.quality),
+        encoder=encoder,
+        writer=writer,
+    )
+    asyncio.run(EdgeNode(settings, worker, planner).run())
+    return 0
+
+
+def _writer(name: str, encoder: SentenceEncoder) -> Writer:
+    """Who words public prompts: a member's prompt by rule, or a language model by name."""
+    match name:
+        case "medoid":
+            return MedoidWriter(encoder)
+        case "random":
+            return RandomMemberWriter(encoder)
+        case _:
+            return LanguageModelWriter.load(name, encoder)

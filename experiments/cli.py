@@ -1,0 +1,151 @@
+"""The command line: ``semct run SCENARIO`` and what helps with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+
+from broker.local import BrokerFailed
+from broker.session import BrokerRefused, BrokerUnreachable, Undelivered
+from experiments.places import PlaceFailed
+from experiments.scenario import FOLDER, BadScenario, load_scenario, schema
+from netem.hosts import NamespaceError, enter_hub
+
+# What runs the method is imported where it is used: importing it starts threads, and the hub has to be entered
+# before there are any; and `--help` answers at once.
+
+app = typer.Typer(
+    help="Measures collaborative diffusion inference at the mobile edge on real processes, over a real broker.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    scenario: Annotated[Path, typer.Argument(help="A scenario file (YAML); see experiments/scenarios/.")],
+    runs: Annotated[Path, typer.Option(help="Where the run folder goes.")] = Path("runs"),
+    seed: Annotated[int | None, typer.Option(help="Another seed than the scenario's.")] = None,
+) -> None:
+    """Run a scenario on this machine, print the table, and leave a run folder with a report."""
+    try:
+        wanted = load_scenario(scenario)
+    except BadScenario as error:
+        _give_up(error)
+    if seed is not None:
+        wanted = msgspec.structs.replace(wanted, seed=seed)
+    refused = ""
+    try:
+        enter_hub()
+    except NamespaceError as error:
+        refused = str(error)
+    from experiments.progress import Watcher  # noqa: PLC0415
+    from experiments.record import RunFolder, Unwritable  # noqa: PLC0415
+    from experiments.runner import RunFailed, play  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.diffusion import ModelNotFound  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.quality import QualityModelError, ScorerError  # noqa: PLC0415
+
+    console = Console()
+    folder = RunFolder.create(runs, wanted.name)
+    failure: BaseException | None = None
+    try:
+        with Watcher(console) as watcher:
+            asyncio.run(play(wanted, beside=scenario.parent, folder=folder, refused=refused, watcher=watcher))
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        failure = error
+    except (
+        BadScenario,
+        BrokerFailed,
+        BrokerRefused,
+        BrokerUnreachable,
+        ModelNotFound,
+        PlaceFailed,
+        QualityModelError,
+        RunFailed,
+        ScorerError,
+        UnknownFramework,
+        UnknownProfile,
+        Undelivered,
+        Unwritable,
+    ) as error:
+        failure = error
+    _show(console, folder.path)
+    if isinstance(failure, KeyboardInterrupt | asyncio.CancelledError):
+        sys.exit(130 if isinstance(failure, KeyboardInterrupt) else 143)
+    if failure is not None:
+        _give_up(failure)
+
+
+@app.command("frameworks")
+def list_frameworks() -> None:
+    """List the inference frameworks that a scenario can name."""
+    from semct import frameworks  # noqa: PLC0415
+
+    for name in frameworks.names():
+        summary = (sys.modules[frameworks.load(name).__module__].__doc__ or "").strip().splitlines()
+        typer.echo(f"{name:18} {summary[0] if summary else ''}")
+
+
+@app.command("scenarios")
+def list_scenarios() -> None:
+    """List the scenarios that come with the package."""
+    for path in sorted((FOLDER / "scenarios").glob("*.yaml")):
+        typer.echo(f"{path}  {load_scenario(path).description}")
+
+
+@app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of scenario files."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(schema())).decode())
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+    """Write the report of a run again."""
+    from experiments.record import NotARun  # noqa: PLC0415
+    from experiments.report import write_report  # noqa: PLC0415
+
+    try:
+        typer.echo(write_report(run_folder))
+    except NotARun as error:
+        _give_up(error)
+
+
+def main() -> None:
+    """The installed command."""
+    # What the model libraries have to say at import helps nobody here; the nodes inherit it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+def _show(console: Console, folder: Path) -> None:
+    """Print the table of a run, finished or not, and write its report."""
+    from experiments.record import NotARun, Unwritable, load_run  # noqa: PLC0415
+    from experiments.report import write_report  # noqa: PLC0415
+    from experiments.summary import render, summarise  # noqa: PLC0415
+
+    try:
+        run = load_run(folder)
+        if run.requests.height:
+            console.print(render(summarise(run.requests, frameworks=run.info.frameworks)))
+        if run.info.overruns:
+            console.print(f"[bold red]{run.info.overruns} overruns: emulated times are too long; raise `slowdown`[/]")
+        console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    except (NotARun, Unwritable) as error:
+        typer.echo(f"semct: {error}", err=True)
+
+
+def _give_up(error: BaseException) -> NoReturn:
+    typer.echo(f"semct: {error}", err=True)
+    sys.exit(1)

@@ -1,0 +1,49 @@
+"""Where a testbed runs. All places offer the same: a broker, an edge, devices, and word of who has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol, Self
+
+import msgspec
+
+
+class PlaceFailed(RuntimeError):
+    """The testbed could not be set up here, or lost a part that it cannot do without."""
+
+
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the record says of the place: the broker's and the links' implementation, and what hosts are."""
+
+    broker: str
+    links: str
+    hosts: str
+
+
+class Place(Protocol):
+    """A running testbed while its ``async with`` block lasts."""
+
+    host: str
+    port: int
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *error: Any) -> None: ...
+
+    @property
+    def described(self) -> Placed:
+        """What runs here."""
+        ...
+
+    @property
+    def ended(self) -> Mapping[str, str]:
+        """Devices that have ended on their own, and how, in a few words."""
+        ...
+
+    def memory(self) -> Mapping[str, float]:
+        """Private memory (USS) of each node in MiB, as far as it can be seen from here."""
+        ...
+
+    async def watch(self) -> NoReturn:
+        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker or the edge ends."""
+        ...

@@ -1,0 +1,113 @@
+"""The local place: this machine, a network namespace for each device, a broker that starts and stops with it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import msgspec
+import psutil
+
+from broker.local import BrokerFailed, LocalBroker
+from device_node.node import DeviceSettings
+from edge_node.node import EdgeSettings
+from experiments.forkserver import Exit, ForkServer, ForkServerError
+from experiments.places import Placed, PlaceFailed
+from netem.hosts import HUB_ADDRESS, AttachError, Hub, NamespaceError
+from node.settings import NodeSettings
+
+
+class LocalPlace:
+    """Broker, edge and devices as processes of this machine. The caller must have entered the hub."""
+
+    def __init__(self, *, edge: EdgeSettings, devices: list[DeviceSettings], implementation: Any, logs: Path) -> None:
+        self.host, self.port = edge.host, edge.port
+        self._edge = edge
+        self._devices = devices
+        self._logs = logs
+        self._stack = AsyncExitStack()
+        self._hub = Hub()
+        self._broker = LocalBroker(hosts=[edge.host], port=edge.port, directory=logs, implementation=implementation)
+        self._servers = {
+            "edge": ForkServer("edge_node.process", warm={}, log=logs / "edge-server.log", own_network=False),
+            "devices": ForkServer("device_node.process", warm={"model": edge.model}, log=logs / "device-server.log"),
+        }
+        self._pids: dict[str, int] = {}
+        self.ended: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        """Bring everything up; raises ``PlaceFailed`` with what did not come and why."""
+        try:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(self._hub)
+                await stack.enter_async_context(self._broker)
+                # The edge loads its models while the devices' server warms up.
+                await stack.enter_async_context(self._servers["edge"])
+                await self._start(self._edge, self._servers["edge"])
+                await stack.enter_async_context(self._servers["devices"])
+                for device in self._devices:
+                    pid = await self._start(device, self._servers["devices"])
+                    await self._hub.attach(device.name, pid)
+                self._stack = stack.pop_all()
+        except (BrokerFailed, ForkServerError, NamespaceError, AttachError) as error:
+            raise PlaceFailed(str(error)) from error
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.aclose()
+
+    @property
+    def described(self) -> Placed:
+        """What runs here."""
+        return Placed(broker=self._broker.version, links="unshaped", hosts="network namespaces")
+
+    def memory(self) -> dict[str, float]:
+        """Private memory (USS) of each living node in MiB."""
+        found = {}
+        for name, pid in self._pids.items():
+            try:
+                found[name] = psutil.Process(pid).memory_full_info().uss / 2**20
+            except psutil.Error:
+                continue
+        return found
+
+    async def watch(self) -> NoReturn:
+        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker, the edge or a fork server ends."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._broker.wait())
+                tasks.create_task(self._watch_edge())
+                tasks.create_task(self._watch_devices())
+        except* (BrokerFailed, ForkServerError, PlaceFailed) as group:
+            raise PlaceFailed(str(group.exceptions[0])) from group
+        raise AssertionError("the watchers never return")
+
+    async def _start(self, node: NodeSettings, server: ForkServer) -> int:
+        pid = await server.fork(node.name, msgspec.to_builtins(node), log=self._logs / f"{node.name}.log")
+        self._pids[node.name] = pid
+        return pid
+
+    async def _watch_edge(self) -> NoReturn:
+        async for event in self._servers["edge"].exits():
+            raise PlaceFailed(f"the edge {self._how(event)}")
+        raise PlaceFailed("the edge's fork server was stopped")
+
+    async def _watch_devices(self) -> NoReturn:
+        async for event in self._servers["devices"].exits():
+            self.ended[event.name] = f"{event.name} {self._how(event)}"
+        raise PlaceFailed("the devices' fork server was stopped")
+
+    def _how(self, event: Exit) -> str:
+        log = self._logs / f"{event.name}.log"
+        try:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        except OSError:
+            lines = []
+        how = f"was killed by signal {-event.code}" if event.code < 0 else f"ended with status {event.code}"
+        return f"{how}: {lines[-1].strip()} (see {log})" if lines else f"{how} (see {log})"
+
+
+HOST = HUB_ADDRESS
+"""Where the broker of a local place listens."""

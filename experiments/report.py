@@ -1,0 +1,577 @@
+"""``report.html``: one file that says what a run did, with its figures and pictures, light and dark.
+
+It needs nothing beside itself: styles, figures (SVG) and pictures stand inline, and it holds no script. The
+figures are also written to ``figures/``. A failed or interrupted run gets a report of what it left.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import polars as pl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from experiments import figures
+from experiments.record import Run, RunInfo, Unwritable, load_run
+from experiments.summary import (
+    ENERGY,
+    LATENCY,
+    MEASURES,
+    QUALITY,
+    UTILITY,
+    Measure,
+    best,
+    decimals,
+    paired,
+    summarise,
+)
+
+STAGES = {
+    "upload_s": ("upload", "upload"),
+    "collect_s": ("collect", "collect"),
+    "plan_s": ("plan", "plan"),
+    "queue_s": ("queue", "queue"),
+    "edge_denoise_s": ("edge denoising", "edge"),
+    "download_s": ("download", "download"),
+    "device_denoise_s": ("device denoising", "device"),
+    "decode_s": ("decode", "decode"),
+    "other_s": ("other", "other"),
+}
+"""Where a request's time goes: the stages in their order, with label and colour name."""
+
+SOURCES = {
+    "energy_edge_j": ("edge", "edge"),
+    "energy_radio_j": ("radio", "download"),
+    "energy_device_j": ("device", "device"),
+}
+"""Where a request's energy goes."""
+
+_SMALL = 128  # pixels: pictures up to this size stand in the report as they are
+_THUMBNAIL = 256  # pixels: larger ones are scaled down to this
+
+
+class Cell(NamedTuple):
+    """A number of a table: mean, spread or confidence interval below it, and whether it is to stand out."""
+
+    text: str
+    below: str = ""
+    strong: bool = False
+
+
+class Line(NamedTuple):
+    """A row of a table: a framework, how many requests its numbers come from, and the numbers."""
+
+    framework: str
+    served: str
+    complete: bool
+    cells: list[Cell]
+
+
+class Drawing(NamedTuple):
+    """A figure: its file's name, title, what it shows in words, and the SVG."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+
+    @property
+    def inline(self) -> Markup:
+        """The figure for the page; its text was escaped when it was drawn."""
+        return Markup(figures.themed(self.svg, self.name))  # noqa: S704
+
+
+class Member(NamedTuple):
+    """A request in its cluster; ``split`` is x / y / z."""
+
+    prompt: str
+    similarity: str
+    split: str
+
+
+class Group(NamedTuple):
+    """A cluster, or the requests of a framework that belong to none."""
+
+    title: str
+    public_prompt: str
+    source: str
+    members: list[Member]
+
+
+class Tile(NamedTuple):
+    """A picture of the grid, or why there is none."""
+
+    source: str
+    alt: str
+    quality: str
+    missing: str
+    strong: bool
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``figures/*.svg`` into a run's folder and return the report's path.
+
+    Raises ``NotARun`` where the folder is none, ``Unwritable`` where it cannot be written.
+    """
+    run = load_run(folder)
+    page = folder / "report.html"
+    try:
+        (folder / "figures").mkdir(exist_ok=True)
+        drawings = list(_drawings(run))
+        for drawing in drawings:
+            (folder / "figures" / f"{drawing.name}.svg").write_text(drawing.svg, encoding="utf-8")
+        page.write_text(_page(run, drawings), encoding="utf-8")
+    except OSError as error:
+        raise Unwritable(f"the report cannot be written to {page}: {error.strerror or error}") from error
+    return page
+
+
+def _page(run: Run, drawings: Sequence[Drawing]) -> str:
+    environment = Environment(
+        loader=PackageLoader("experiments", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    first = _first_repetition(run.requests)
+    frameworks = _frameworks(run)
+    summary = summarise(run.requests, frameworks=run.info.frameworks)
+    against = _against(run.requests)
+    modelled, measured = _provenance(run)
+    return environment.get_template("report.html.jinja").render(
+        info=run.info,
+        folder=run.path.resolve().name,
+        brief=_brief(run),
+        facts=_facts(run.info),
+        warnings=list(_warnings(run)),
+        modelled=modelled,
+        measured=measured,
+        measures=[m.label for m in MEASURES],
+        results=_results(summary),
+        against=against,
+        differences=_differences(run.requests, against) if against else [],
+        drawings={d.name: d for d in drawings},
+        stages=_parts_table(_stages(run.requests), STAGES),
+        sources=_parts_table(_sources(run.requests), SOURCES),
+        deviations=_deviations(run.requests),
+        repetitions=run.requests["repetition"].n_unique(),
+        clusters=[(name, _groups(first.filter(pl.col("framework") == name))) for name in frameworks],
+        frameworks=frameworks,
+        users=_grid(run.path, first, frameworks),
+        same_noise=_same_noise(first),
+        nodes=_nodes(run.nodes),
+        links=run.links.to_dicts(),
+        light={name: light for light, (name, _) in figures.PALETTE.items()},
+        dark=dict(figures.PALETTE.values()),
+        scenario=run.scenario,
+    )
+
+
+def _frameworks(run: Run) -> list[str]:
+    """Those that were asked anything, in the order of the summary."""
+    asked = set(run.requests["framework"])
+    order = dict.fromkeys([*run.info.frameworks, *run.requests["framework"]])
+    return [name for name in order if name in asked]
+
+
+def _first_repetition(requests: pl.DataFrame) -> pl.DataFrame:
+    return requests.filter(pl.col("repetition") == pl.col("repetition").min())
+
+
+def _against(requests: pl.DataFrame) -> str:
+    """What differences are stated against: SemCT where it ran, else the first framework; none if alone."""
+    names = list(dict.fromkeys(requests["framework"]))
+    if len(names) < 2:
+        return ""
+    return "semct" if "semct" in names else names[0]
+
+
+def _brief(run: Run) -> dict[str, str]:
+    """What was run, for the top of the page."""
+    facts, requests = _facts(run.info), run.requests
+    reached, repetitions = requests["framework"].n_unique(), requests["repetition"].n_unique()
+    of = f" of {len(run.info.frameworks)}" if reached < len(run.info.frameworks) else ""
+    asked = f"{requests['device'].n_unique()} users, {reached}{of} frameworks"
+    if repetitions > 1:
+        asked += f", {repetitions} repetitions"
+    wanted = ("started", "seed", "compute", "machine", "GPUs", "code")
+    return {"asked": asked} | {label: facts[label] for label in wanted if label in facts}
+
+
+def _facts(info: RunInfo) -> dict[str, str]:
+    """What was run, on what, as label and value; what is not known is left out."""
+    hardware, commit = info.hardware, info.commit
+    took = f", {(info.finished - info.started).total_seconds():.0f} s" if info.finished else ""
+    profiles: dict[str, list[str]] = {}
+    for node, profile in info.profiles.items():
+        profiles.setdefault(profile, []).append(node)
+    known = {
+        "started": f"{info.started:%Y-%m-%d %H:%M:%S} UTC{took}",
+        "seed": "" if info.seed is None else str(info.seed),
+        "model": info.model or "",
+        "compute": info.compute or "",
+        "profiles": "; ".join(f"{name}: {_listed(nodes)}" for name, nodes in profiles.items()),
+        "slowdown": f"{info.slowdown:g}" if info.slowdown != 1 else "",
+        "broker": info.broker or "",
+        "links": info.link or "",
+        "hosts": info.hosts or "",
+        "machine": f"{hardware.cpu}, {hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB"
+        if hardware
+        else "",
+        "GPUs": ", ".join(hardware.gpus) if hardware else "",
+        "kernel": info.kernel,
+        "code": f"{commit.id[:12]}{' with local changes' if commit.dirty else ''}" if commit else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
+        "device memory": _memory(info.device_memory_mib),
+    }
+    return {label: value for label, value in known.items() if value}
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes) if len(nodes) <= 3 else f"{nodes[0]} ... {nodes[-1]} ({len(nodes)})"
+
+
+def _memory(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{min(values):.1f} to {max(values):.1f} MiB private (USS) per device process"
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    """What a reader must know before any number."""
+    info = run.info
+    if info.status == "running":
+        yield "This run has not ended, or was killed: what follows is what it left so far."
+    if info.status in {"failed", "interrupted"}:
+        yield f"This run {'failed' if info.status == 'failed' else 'was interrupted'}: {info.reason}"
+    # Requests that shared a call each count its overrun, so theirs is the last resort.
+    overruns = max(info.overruns, run.nodes["overruns"].sum()) or run.requests["overruns"].sum()
+    if overruns:
+        counts = run.nodes.group_by("framework", maintain_order=True).agg(pl.col("overruns").sum())
+        where = ", ".join(f"{name} {count}" for name, count in counts.iter_rows() if count)
+        yield (
+            f"{overruns} calls took longer than the hardware they emulate{f' ({where})' if where else ''}, "
+            "so emulated times are not right. Raise the scenario's slowdown and run again."
+        )
+    for outcome in ("failed", "unanswered"):
+        lost = run.requests.filter(pl.col("outcome") == outcome)
+        if lost.height:
+            reasons = lost["reason"].filter(lost["reason"] != "").unique(maintain_order=True).to_list()
+            said = f": {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}" if reasons else "."
+            where = ", ".join(lost["framework"].unique(maintain_order=True))
+            yield f"{lost.height} of {run.requests.height} requests {outcome} ({where}){said}"
+    dead = run.nodes.filter(~pl.col("alive"))["node"].unique(maintain_order=True).to_list()
+    if dead:
+        yield f"Nodes that did not live to the end: {', '.join(dead)}."
+
+
+def _provenance(run: Run) -> tuple[list[str], list[str]]:
+    """What of the numbers is modelled and what is measured, a sentence each."""
+    info, requests = run.info, run.requests
+    modelled, measured = [], []
+    emulated = info.compute in {"emulated", "mixed"} or bool(requests["modelled"].any())
+    native = info.compute in {"native", "mixed"} or (info.compute is None and not emulated)
+    if emulated:
+        modelled += [
+            "Compute time of emulated nodes: every call really ran and was then held for the time that the "
+            "compute profile gives for the emulated model.",
+            "Compute energy of emulated nodes: the profile's power times busy time.",
+            "Required TFLOPs of emulated nodes: those of the emulated model.",
+        ]
+    if native:
+        measured.append("Compute time of native nodes, on this machine's clock.")
+        if not requests["energy_j"].sum():
+            modelled.append("Energy is not metered here and stands as 0.")
+    if requests["energy_radio_j"].sum():
+        modelled.append("Radio energy: transmission power times transfer time.")
+    modelled.append("Predicted values: the planner's models of quality, latency and energy.")
+    measured += [
+        "Content quality, scored on the pictures that the devices decoded.",
+        "Planning and waiting, on this machine's clock.",
+    ]
+    if info.link in {None, "unshaped"}:
+        measured.append(
+            "Transfers, over unshaped links: they ran at this machine's speed and stand for no wireless cell."
+        )
+    else:
+        measured.append(f"Transfers, over links shaped by {info.link}.")
+    if info.slowdown != 1:
+        measured.append(
+            f"The emulated world ran {info.slowdown:g} times slower, and durations are divided by that; planning, "
+            "this machine's own work, was not slowed down and counts in full."
+        )
+    return modelled, measured
+
+
+def _results(summary: pl.DataFrame) -> list[Line]:
+    columns = [_means(summary, m, best(summary, m)) for m in MEASURES]
+    return [
+        Line(
+            framework=row["framework"],
+            served=f"{row['answered']}/{row['asked']}" if row["asked"] else "not run",
+            complete=row["asked"] == row["answered"],
+            cells=list(cells),
+        )
+        for row, cells in zip(summary.iter_rows(named=True), zip(*columns, strict=True), strict=True)
+    ]
+
+
+def _means(summary: pl.DataFrame, measure: Measure, strong: Sequence[bool]) -> list[Cell]:
+    means, spreads = summary[measure.column].to_list(), summary[f"{measure.column}_std"].to_list()
+    places = decimals(means)
+    return [
+        Cell(_number(mean, places), f"± {spread:.{places}f}" if spread is not None else "", wins)
+        for mean, spread, wins in zip(means, spreads, strong, strict=True)
+    ]
+
+
+def _differences(requests: pl.DataFrame, against: str) -> list[Line]:
+    table = paired(requests, against)
+    columns = []
+    for measure in MEASURES:
+        means, halves = table[measure.column].to_list(), table[f"{measure.column}_ci95"].to_list()
+        places = min(decimals(means) + 1, 3)
+        columns.append(
+            [
+                Cell(
+                    _number(mean, places, sign=True),
+                    f"± {half:.{places}f}" if half is not None else "",
+                    mean is not None and half is not None and abs(mean) > half,
+                )
+                for mean, half in zip(means, halves, strict=True)
+            ]
+        )
+    return [
+        Line(row["framework"], str(row["users"]), complete=True, cells=list(cells))
+        for row, cells in zip(table.iter_rows(named=True), zip(*columns, strict=True), strict=True)
+    ]
+
+
+def _number(value: float | None, places: int, *, sign: bool = False) -> str:
+    """A typeset number, with a true minus sign."""
+    if value is None:
+        return "-"
+    return f"{value:{'+' if sign else ''}.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _drawings(run: Run) -> Iterator[Drawing]:
+    summary = summarise(run.requests, frameworks=run.info.frameworks)
+    if not summary["answered"].sum():
+        return
+    for measure in MEASURES:
+        alt = f"Bars of mean {measure.label} per framework: {_spoken(summary, measure)}"
+        yield Drawing(measure.column, measure.title[0].upper() + measure.title[1:], alt, figures.bars(summary, measure))
+    yield Drawing(
+        "tradeoff",
+        "Content quality against service latency",
+        "A point per framework, whiskers are standard deviations over users; better is up and to the left. "
+        "The numbers stand in the table of results.",
+        figures.tradeoff(summary),
+    )
+    for name, title, parts, columns, unit in (
+        ("where-time-went", "Where a request's time went", _stages(run.requests), STAGES, "mean seconds"),
+        (
+            "where-energy-went",
+            "Where a request's energy went",
+            _sources(run.requests),
+            SOURCES,
+            "mean joules",
+        ),
+    ):
+        used = {c: v for c, v in columns.items() if parts[c].sum()}
+        if used:
+            alt = f"Stacked bars of {unit} per answered request; the numbers stand in the table beside them."
+            yield Drawing(name, title, alt, figures.stacked(parts, used, unit=unit))
+    compared = [m for m in _PREDICTED if run.requests.drop_nulls([m.column, f"predicted_{m.column}"]).height]
+    if compared:
+        yield Drawing(
+            "predictions",
+            "Each request, predicted and measured",
+            "A point per request; on the dashed line prediction and measurement agree.",
+            figures.predictions(run.requests, compared, summary["framework"].to_list()),
+        )
+
+
+_PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
+
+
+def _spoken(summary: pl.DataFrame, measure: Measure) -> str:
+    places = decimals(summary[measure.column].to_list())
+    pairs = summary.select("framework", measure.column).iter_rows()
+    return ", ".join(f"{name} {_number(mean, places)}" for name, mean in pairs)
+
+
+def _stages(requests: pl.DataFrame) -> pl.DataFrame:
+    """Mean seconds of each stage over answered requests; ``other_s`` is what no stage claims."""
+    stages = [c for c in STAGES if c != "other_s"]
+    return (
+        requests.filter(pl.col("outcome") == "answered")
+        .with_columns(other_s=(pl.col("latency_s") - pl.sum_horizontal(stages)).clip(lower_bound=0))
+        .group_by("framework", maintain_order=True)
+        .agg(pl.col([*stages, "other_s"]).mean())
+    )
+
+
+def _sources(requests: pl.DataFrame) -> pl.DataFrame:
+    return (
+        requests.filter(pl.col("outcome") == "answered")
+        .group_by("framework", maintain_order=True)
+        .agg(pl.col(list(SOURCES)).mean())
+    )
+
+
+def _parts_table(parts: pl.DataFrame, columns: dict[str, tuple[str, str]]) -> tuple[list[str], list[Line]]:
+    """The numbers behind a stacked figure: the parts that are not all zero, and a row per framework."""
+    used = [c for c in columns if parts[c].sum()]
+    places = decimals([v for c in used for v in parts[c]])
+    lines = [
+        Line(row["framework"], "", complete=True, cells=[Cell(_number(row[c], places)) for c in used])
+        for row in parts.iter_rows(named=True)
+    ]
+    return [columns[c][0] for c in used], lines
+
+
+def _deviations(requests: pl.DataFrame) -> list[Line]:
+    """Per framework the median of |measured - predicted| / |measured|, in per cent."""
+    table = (
+        requests.filter(pl.any_horizontal(pl.col(f"predicted_{m.column}").is_not_null() for m in _PREDICTED))
+        .group_by("framework", maintain_order=True)
+        .agg(
+            (100 * (pl.col(m.column) - pl.col(f"predicted_{m.column}")).abs() / pl.col(m.column).abs())
+            .median()
+            .alias(m.column)
+            for m in _PREDICTED
+        )
+    )
+    return [
+        Line(row["framework"], "", complete=True, cells=[Cell(_number(row[m.column], 1)) for m in _PREDICTED])
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def _groups(requests: pl.DataFrame) -> list[Group]:
+    """The clusters of one framework, and its requests that share nothing."""
+    groups = []
+    for (cluster,), members in requests.sort("cluster", nulls_last=True, maintain_order=True).group_by(
+        "cluster", maintain_order=True
+    ):
+        first = members.row(0, named=True)
+        groups.append(
+            Group(
+                title="no cluster" if cluster is None else f"cluster {cluster + 1}",
+                public_prompt=first["public_prompt"] or "",
+                source=first["public_source"] or "",
+                members=[_member(row) for row in members.iter_rows(named=True)],
+            )
+        )
+    return groups
+
+
+def _member(row: dict[str, Any]) -> Member:
+    split = [row["shared_steps"], row["edge_steps"], row["device_steps"]]
+    return Member(
+        prompt=row["prompt"],
+        similarity=_number(row["similarity"], 2),
+        split=" / ".join("-" if steps is None else str(steps) for steps in split),
+    )
+
+
+def _grid(folder: Path, requests: pl.DataFrame, frameworks: Sequence[str]) -> list[tuple[str, str, list[Tile]]]:
+    """Users down, frameworks across: the user's device, the personal prompt, a tile for each framework."""
+    rows = []
+    places = decimals(requests["quality"].to_list())
+    for (device, prompt, _), own in requests.group_by("device", "prompt", "seed", maintain_order=True):
+        by_framework = {row["framework"]: row for row in own.iter_rows(named=True)}
+        scores = {row["quality"] for row in by_framework.values() if row["quality"] is not None}
+        top = max(scores) if len(scores) > 1 else None
+        tiles = [_tile(folder, by_framework.get(name), places, top) for name in frameworks]
+        rows.append((str(device), str(prompt), tiles))
+    return rows
+
+
+def _tile(folder: Path, row: dict[str, Any] | None, places: int, top: float | None) -> Tile:
+    if row is None:
+        return Tile("", "", "", "not asked", strong=False)
+    quality = _number(row["quality"], places) if row["quality"] is not None else ""
+    if row["image"] is None:
+        said = f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"]
+        return Tile("", "", quality, "no picture kept" if row["outcome"] == "answered" else said, strong=False)
+    source = _data_uri(folder, row["image"])
+    strong = top is not None and row["quality"] == top
+    return Tile(source, f"{row['framework']}: {row['prompt']}", quality, "" if source else "unreadable", strong)
+
+
+def _data_uri(folder: Path, image: str) -> str:
+    """A picture of the run as data URI, scaled down where it is large; empty if there is none to be read."""
+    path = (folder / image).resolve()
+    if not path.is_relative_to(folder.resolve()):  # a record may come from anywhere
+        return ""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            if max(picture.size) <= _SMALL:
+                picture.verify()
+                return _uri("png", content)
+            small = picture.convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ):  # all that Pillow raises on bad files
+        return ""
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=85)
+    return _uri("webp", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _same_noise(requests: pl.DataFrame) -> bool:
+    return bool((requests.group_by("device").agg(pl.col("seed").n_unique())["seed"] == 1).all())
+
+
+class NodeTotals(msgspec.Struct, frozen=True):
+    """What a node spent on a framework over all repetitions."""
+
+    framework: str
+    node: str
+    calls: int
+    rows_per_call: str
+    tflop: str
+    busy: str
+    energy: str
+    overruns: int
+    memory: str
+
+
+def _nodes(nodes: pl.DataFrame) -> list[NodeTotals]:
+    totals = nodes.group_by("framework", "node", maintain_order=True).agg(
+        pl.col("denoiser_calls", "rows", "tflop", "busy_s", "energy_j", "overruns").sum(),
+        pl.col("memory_mib").max(),
+    )
+    return [
+        NodeTotals(
+            framework=row["framework"],
+            node=row["node"],
+            calls=row["denoiser_calls"],
+            rows_per_call=f"{row['rows'] / row['denoiser_calls']:.1f}" if row["denoiser_calls"] else "-",
+            tflop=_number(row["tflop"], decimals(totals["tflop"].to_list())),
+            busy=_number(row["busy_s"], decimals(totals["busy_s"].to_list())),
+            energy=_number(row["energy_j"], decimals(totals["energy_j"].to_list())),
+            overruns=row["overruns"],
+            memory=_number(row["memory_mib"], 1),
+        )
+        for row in totals.iter_rows(named=True)
+    ]

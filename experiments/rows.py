@@ -1,0 +1,189 @@
+"""From what a round left to the rows of the record: where each request's time and energy went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from broker.messages import Compute, Stage
+from experiments.record import NodeRow, RequestRow
+from experiments.scenario import Radio, Scenario
+from experiments.served import Served
+from semct.cost import Network, NodeState, Outcome, Weights, device_only, utility
+from semct.routes import Plan, shared_steps
+
+
+def request_rows(
+    served: Served, scenario: Scenario, *, edge: str, quality: Mapping[str, float], images: Mapping[str, str]
+) -> list[RequestRow]:
+    """A row for every request of a round, still without its measured utility.
+
+    ``quality`` holds the pictures' scores and ``images`` their paths, by request. Durations are those of the
+    emulated world: wall time divided by the scenario's slowdown, but for planning, which is not slowed down.
+    """
+    plan = served.plan
+    return [
+        _row(
+            served,
+            scenario,
+            request,
+            plan,
+            edge=edge,
+            quality=quality.get(request),
+            image=images.get(request),
+        )
+        for request in served.prompts
+    ]
+
+
+def node_rows(served: Served, *, edge: str, memory: Mapping[str, float], ended: Mapping[str, str]) -> list[NodeRow]:
+    """A row for every node of a round; ``memory`` is their private memory in MiB, ``ended`` names the dead."""
+    found = []
+    for node in (edge, *served.devices.values()):
+        spent = served.spent.get(node)
+        found.append(
+            NodeRow(
+                round=served.round,
+                framework=served.framework,
+                node=node,
+                role="edge" if node == edge else "device",
+                denoiser_calls=spent.denoiser_calls if spent else 0,
+                rows=spent.rows if spent else 0,
+                tflop=spent.flops / 1e12 if spent else 0.0,
+                busy_s=spent.busy if spent else 0.0,
+                energy_j=spent.joules if spent else 0.0,
+                overruns=spent.overruns if spent else 0,
+                memory_mib=memory.get(node),
+                alive=node not in ended,
+            )
+        )
+    return found
+
+
+def with_utility(rows: Sequence[RequestRow], weights: Weights, references: Mapping[str, Outcome]) -> list[RequestRow]:
+    """The rows with their measured utility.
+
+    The reference is the same user's measured device-only inference of the same repetition; where there is
+    none, what ``references`` predicts for the device, with the user's own measured quality.
+    """
+    measured = {
+        (r.repetition, r.device): _outcome(r) for r in rows if r.framework == "device-only" and r.outcome == "answered"
+    }
+    done = []
+    for row in rows:
+        outcome = _outcome(row)
+        reference = measured.get((row.repetition, row.device)) or references.get(row.device)
+        if outcome is not None and reference is not None and reference.quality > 0:
+            value = utility(outcome, reference, weights)
+            row = msgspec.structs.replace(row, utility=value)  # noqa: PLW2901  the row, completed
+        done.append(row)
+    return done
+
+
+def predicted_references(
+    computes: Mapping[str, Compute], scenario: Scenario, *, edge: str, quality: float
+) -> dict[str, Outcome]:
+    """What device-only inference would give each device by its compute profile, with this quality."""
+    nodes = {
+        name: NodeState(
+            step_seconds=c.step_seconds,
+            step_joules=c.step_joules,
+            decode_seconds=c.decode_seconds,
+            decode_joules=c.decode_joules,
+        )
+        for name, c in computes.items()
+    }
+    network = Network(edge=edge, nodes=nodes, uplinks={}, downlinks={}, latent_bytes=0)
+    return {name: device_only(network, name, scenario.steps, quality) for name in nodes if name != edge}
+
+
+def _row(
+    served: Served,
+    scenario: Scenario,
+    request: str,
+    plan: Plan | None,
+    *,
+    edge: str,
+    quality: float | None,
+    image: str | None,
+) -> RequestRow:
+    result = served.results.get(request)
+    device = served.devices[request]
+    route = next((r for r in plan.routes if r.request == request), None) if plan else None
+    clusters = plan.clusters if plan else ()
+    index = next((i for i, c in enumerate(clusters) if request in c.members), None)
+    cluster = None if index is None else clusters[index]
+    predicted = plan.predictions.get(request) if plan else None
+    stages = result.stages if result else ()
+    answered = result is not None and result.outcome == "answered"
+    pace = scenario.slowdown
+    planning = _seconds(stages, "plan", 1.0)  # this machine's own work: nothing slows it down
+    radio = _radio(stages, scenario.radio, edge, pace)
+    on_edge, on_device = _joules(stages, edge), _joules(stages, device)
+    shared = shared_steps(plan.routes)[request] if plan and route else None
+    at_device = sum(s.stop - s.start for s in route.segments if s.node == device) if route else None
+    return RequestRow(
+        round=served.round,
+        framework=served.framework,
+        repetition=served.repetition,
+        request=request,
+        device=device,
+        prompt=served.prompts[request],
+        seed=served.seed,
+        steps=scenario.steps,
+        outcome=result.outcome if result else "unanswered",
+        reason=result.reason if result else served.reasons.get(request, ""),
+        cluster=index,
+        public_prompt=cluster.public_prompt if cluster else None,
+        public_source=cluster.source if cluster else None,
+        similarity=cluster.similarity[cluster.members.index(request)] if cluster else None,
+        shared_steps=shared,
+        edge_steps=None if shared is None or at_device is None else scenario.steps - shared - at_device,
+        device_steps=at_device,
+        quality=quality,
+        latency_s=(result.finished - result.asked - planning) / pace + planning if result and answered else None,
+        energy_j=on_edge + on_device + radio if answered else None,
+        tflop=sum(s.flops for s in stages if s.name == "denoise") / 1e12 if answered else None,
+        utility=None,
+        predicted_quality=predicted.quality if predicted else None,
+        predicted_latency_s=predicted.latency if predicted else None,
+        predicted_energy_j=predicted.energy if predicted else None,
+        predicted_utility=predicted.utility if predicted else None,
+        upload_s=_seconds(stages, "transfer", pace, node=device),
+        collect_s=_seconds(stages, "collect", pace),
+        plan_s=planning,
+        queue_s=_seconds(stages, "queue", pace),
+        edge_denoise_s=_seconds(stages, "denoise", pace, node=edge),
+        download_s=_seconds(stages, "transfer", pace, node=edge),
+        device_denoise_s=_seconds(stages, "denoise", pace, node=device),
+        decode_s=_seconds(stages, "decode", pace),
+        energy_edge_j=on_edge,
+        energy_device_j=on_device,
+        energy_radio_j=radio,
+        bytes_up=sum(s.size for s in stages if s.name == "transfer" and s.node == device),
+        bytes_down=sum(s.size for s in stages if s.name == "transfer" and s.node == edge),
+        overruns=sum(s.overruns for s in stages),
+        modelled=any(s.modelled for s in stages),
+        image=image,
+    )
+
+
+def _outcome(row: RequestRow) -> Outcome | None:
+    if row.quality is None or row.latency_s is None or row.energy_j is None:
+        return None
+    return Outcome(quality=row.quality, latency=row.latency_s, energy=row.energy_j)
+
+
+def _seconds(stages: Iterable[Stage], name: str, pace: float, *, node: str | None = None) -> float:
+    return sum(s.stop - s.start for s in stages if s.name == name and node in {None, s.node}) / pace
+
+
+def _joules(stages: Iterable[Stage], node: str) -> float:
+    return sum(s.joules for s in stages if s.node == node)
+
+
+def _radio(stages: Iterable[Stage], radio: Radio, edge: str, pace: float) -> float:
+    """Transmission energy: the sender's power for as long as the transfer took."""
+    watts = {True: radio.edge_watts, False: radio.device_watts}
+    return sum(watts[s.node == edge] * (s.stop - s.start) / pace for s in stages if s.name == "transfer")

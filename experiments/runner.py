@@ -1,0 +1,354 @@
+"""Runs a scenario: brings a testbed up, lets every framework serve the same users, and keeps what they got."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from broker.messages import AnyMessage, Ask, Birth, Close, Picture, Planned, Result, Round, Spent
+from broker.session import Session
+from broker.topics import Topics
+from device_node.node import DeviceSettings
+from edge_node.node import EdgeSettings
+from experiments import rows
+from experiments.places import Place, PlaceFailed
+from experiments.places.local import HOST, LocalPlace
+from experiments.progress import Watcher
+from experiments.record import LinkRow, RequestRow, RunFolder
+from experiments.scenario import Scenario, load_prompts, to_yaml
+from experiments.served import Served
+from semct import frameworks
+from semct.compute import check_names
+from semct.cost import Weights
+from semct.quality import Scorer, load_quality_model, load_scorer
+
+RUNNER = "runner"
+EDGE = "edge"
+TESTBED = "local"
+
+_START = 180.0  # seconds until all nodes must have announced themselves
+_AFTERMATH = 10.0  # seconds for pictures after the last result, and for the nodes' reports
+_FAREWELL = 5.0  # seconds for the nodes to leave by themselves
+
+
+class RunFailed(RuntimeError):
+    """The run could not be finished; what it has is kept."""
+
+
+class Runner:
+    """Plays a scenario's rounds on a testbed that is up. ``listen`` must run beside its users."""
+
+    def __init__(self, scenario: Scenario, prompts: Sequence[str], session: Session, place: Place) -> None:
+        self._scenario = scenario
+        self._prompts = prompts
+        self._session = session
+        self._place = place
+        self.devices = tuple(d.name for d in device_settings(scenario))
+        self._births: dict[str, Birth] = {}
+        self._served: Served | None = None
+        self._news = asyncio.Condition()
+
+    @property
+    def births(self) -> Mapping[str, Birth]:
+        """The nodes' latest births."""
+        return self._births
+
+    async def listen(self) -> None:
+        """Take in what the nodes say."""
+        async for incoming in self._session:
+            async with self._news:
+                self._take(incoming.message)
+                self._news.notify_all()
+
+    async def all_ready(self) -> None:
+        """Wait until the edge and all devices have announced themselves; raises ``RunFailed``."""
+        nodes = {EDGE, *self.devices}
+
+        def missing() -> set[str]:
+            return nodes - {n for n, b in self._births.items() if b.state == "ready"}
+
+        await self._wait(lambda: not missing() or bool(self._place.ended), _START)
+        if missing():
+            ended = [self._place.ended[n] for n in sorted(missing() & set(self._place.ended))]
+            late = f"{', '.join(sorted(missing()))} did not announce themselves within {_START:g} s"
+            raise RunFailed(ended[0] if ended else late)
+
+    async def serve(self, framework: str, repetition: int, watcher: Watcher) -> Served:
+        """One round: every user asks, and has an outcome at the end of it."""
+        scenario = self._scenario
+        name = f"{framework}-{repetition}"
+        devices = {f"{name}-{d}": d for d in self.devices}
+        served = self._served = Served(
+            round=name,
+            framework=framework,
+            repetition=repetition,
+            seed=scenario.seed + repetition,
+            prompts=dict(zip(devices, self._drawn(repetition), strict=True)),
+            devices=devices,
+        )
+        await self._ask(served)
+
+        def settled() -> bool:
+            watcher.answered(framework, len(served.results), len(devices))
+            return all(r in served.results or d in self._place.ended for r, d in devices.items())
+
+        await self._wait(settled, scenario.timeout)
+        await self._wait(lambda: served.answered <= set(served.pictures), _AFTERMATH)
+        late = f"no answer within {scenario.timeout:g} s"
+        served.reasons = {r: self._place.ended.get(d, late) for r, d in devices.items() if r not in served.results}
+        nodes = {EDGE, *self.devices} - set(self._place.ended)
+        await self._tell(nodes, Close(round=name))
+        await self._wait(lambda: nodes - set(self._place.ended) <= set(served.spent), _AFTERMATH)
+        self._served = None
+        return served
+
+    async def dismiss(self) -> None:
+        """Tell all nodes to leave, and give them a moment to do so."""
+        nodes = {EDGE, *self.devices} - set(self._place.ended)
+        await self._tell(nodes, Close())
+        await self._wait(lambda: all(self._births[n].state != "ready" for n in nodes), _FAREWELL)
+
+    async def _ask(self, served: Served) -> None:
+        scenario, topics = self._scenario, self._session.topics
+        order = Round(
+            round=served.round,
+            framework=served.framework,
+            seed=served.seed,
+            requests=len(served.prompts),
+            window=scenario.window,
+        )
+        await self._session.publish(topics.inbox(EDGE, "control"), order)
+        deadline = time.time() + scenario.timeout
+        async with asyncio.TaskGroup() as tasks:
+            for request, prompt in served.prompts.items():
+                ask = Ask(
+                    round=served.round,
+                    request=request,
+                    prompt=prompt,
+                    seed=served.seed,
+                    steps=scenario.steps,
+                    deadline=deadline,
+                )
+                tasks.create_task(self._session.publish(topics.inbox(served.devices[request], "control"), ask))
+
+    async def _tell(self, nodes: set[str], message: Close) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for node in sorted(nodes):
+                tasks.create_task(self._session.publish(self._session.topics.inbox(node, "control"), message))
+
+    def _drawn(self, repetition: int) -> list[str]:
+        prompts = list(self._prompts)
+        if self._scenario.prompts.shuffle:
+            random.Random(f"{self._scenario.seed}/{repetition}").shuffle(prompts)  # noqa: S311  no secret
+        return [prompts[i % len(prompts)] for i in range(len(self.devices))]
+
+    async def _wait(self, settled: Callable[[], bool], seconds: float) -> None:
+        """Until ``settled`` or out of time; asked at every message, and twice a second for what sends none."""
+        until = time.monotonic() + seconds
+        async with self._news:
+            while not settled() and time.monotonic() < until:
+                try:
+                    async with asyncio.timeout(0.5):
+                        await self._news.wait()
+                except TimeoutError:
+                    continue
+
+    def _take(self, message: AnyMessage) -> None:
+        if isinstance(message, Birth):
+            self._births[message.name] = message
+        served = self._served
+        if served is None or getattr(message, "round", None) != served.round:
+            return
+        match message:
+            case Planned():
+                served.planned = message
+            case Result() if message.request in served.prompts:
+                served.results.setdefault(message.request, message)
+            case Picture() if message.request in served.prompts:
+                served.pictures.setdefault(message.request, message.png)
+            case Spent():
+                served.spent[message.node] = message
+
+
+async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: str, watcher: Watcher) -> None:
+    """Run a scenario on this machine, into a run folder.
+
+    ``beside`` is the folder of the scenario file; ``refused`` says why this machine permits no network
+    namespaces, if so. Whatever goes wrong, the record is kept: raises ``RunFailed`` where requests went
+    unanswered, and what the scenario, the place and the models raise.
+    """
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
+    with folder:
+        watcher.note(f"run folder {folder.path}")
+        folder.scenario(to_yaml(scenario))
+        folder.update(
+            seed=scenario.seed,
+            frameworks=scenario.frameworks,
+            model=scenario.model,
+            slowdown=scenario.slowdown,
+        )
+        if refused:
+            raise PlaceFailed(refused)
+        for name in scenario.frameworks:
+            frameworks.load(name)
+        for compute in (scenario.edge.compute, *(group.compute for group in scenario.devices)):
+            check_names(compute, scenario.emulated_model)
+        prompts = load_prompts(scenario, beside)
+        place = LocalPlace(
+            edge=edge_settings(scenario),
+            devices=device_settings(scenario),
+            implementation=scenario.broker.implementation,
+            logs=folder.logs,
+        )
+        async with place:
+            watcher.note("broker, edge and devices have started")
+            folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
+            subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
+            async with Session(
+                place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions
+            ) as session:
+                runner = Runner(scenario, prompts, session, place)
+                await _beside(_rounds(scenario, runner, place, folder, watcher), runner.listen(), place.watch())
+
+
+def _cancel(task: asyncio.Task[Any] | None) -> None:
+    """End a run in order when it is asked to terminate, as Ctrl-C does."""
+    if task is not None:
+        task.cancel()
+
+
+async def _beside(main: Coroutine[Any, Any, None], *watches: Coroutine[Any, Any, None]) -> None:
+    """Run the main part while the watches run, and end them with it; the first error of any of them ends all."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            watching = [tasks.create_task(w) for w in watches]
+            await main
+            for task in watching:
+                task.cancel()
+    except* Exception as group:
+        raise _first(group) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunFolder, watcher: Watcher) -> None:
+    scorer = await asyncio.to_thread(load_scorer, scenario.scorer)
+    await runner.all_ready()
+    computes = {name: birth.compute for name, birth in runner.births.items() if birth.compute is not None}
+    profiles = {name: compute.profile for name, compute in computes.items()}
+    folder.update(profiles=profiles, compute=_pace(set(profiles.values())))
+    for device in runner.devices:
+        folder.add(LinkRow(device=device, implementation=place.described.links))
+    watcher.note(f"all {len(profiles)} nodes are ready")
+    alone = load_quality_model(scenario.planning.quality).quality(1.0, 0.0)
+    references = rows.predicted_references(computes, scenario, edge=EDGE, quality=float(alone))
+    unanswered: dict[str, str] = {}
+    total = scenario.repetitions * len(scenario.frameworks)
+    for repetition in range(scenario.repetitions):
+        found: list[RequestRow] = []
+        for done, framework in enumerate(scenario.frameworks, repetition * len(scenario.frameworks)):
+            watcher.rounds(done, total)
+            folder.event("round", framework=framework, repetition=repetition)
+            served = await runner.serve(framework, repetition, watcher)
+            found += await _keep(served, scenario, scorer, place, folder)
+            unanswered |= served.unanswered
+            watcher.note(f"{framework}: {len(served.answered)} of {len(served.prompts)} users have their picture")
+        for row in rows.with_utility(found, weights(scenario), references):
+            folder.add(row)
+    watcher.rounds(total, total)
+    await runner.dismiss()
+    if unanswered:
+        request, reason = next(iter(unanswered.items()))
+        raise RunFailed(f"{len(unanswered)} requests have no picture, the first is {request}: {reason}")
+
+
+async def _keep(
+    served: Served, scenario: Scenario, scorer: Scorer, place: Place, folder: RunFolder
+) -> list[RequestRow]:
+    """Score a round's pictures, and keep all that the round left."""
+    seconds = served.planned.seconds if served.planned else {}
+    folder.event("planned", round=served.round, plan=served.plan, seconds=seconds)
+    shown = sorted(served.answered & set(served.pictures))
+    quality: dict[str, float] = {}
+    if shown:
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(served.pictures[r])).convert("RGB")) for r in shown])
+        scores = await asyncio.to_thread(scorer.score, pixels, [served.prompts[r] for r in shown])
+        quality = {r: float(score) for r, score in zip(shown, scores, strict=True)}
+    images = {r: folder.image(served.framework, r, served.pictures[r]) for r in shown}
+    found = rows.request_rows(served, scenario, edge=EDGE, quality=quality, images=images)
+    memory = place.memory()
+    for row in found:
+        folder.add(row)
+    for node in rows.node_rows(served, edge=EDGE, memory=memory, ended=place.ended):
+        folder.add(node)
+    folder.update(
+        overruns=folder.info.overruns + sum(spent.overruns for spent in served.spent.values()),
+        device_memory_mib=tuple(memory[d] for d in sorted(served.devices.values()) if d in memory),
+    )
+    return found
+
+
+def device_settings(scenario: Scenario) -> list[DeviceSettings]:
+    """The settings of every device of a scenario, named device-1, device-2, ..."""
+    computes = [group.compute for group in scenario.devices for _ in range(group.count)]
+    return [
+        DeviceSettings(
+            testbed=TESTBED,
+            name=f"device-{number}",
+            edge=EDGE,
+            host=HOST,
+            port=scenario.broker.port,
+            model=scenario.model,
+            profile=compute,
+            emulated_model=scenario.emulated_model,
+            slowdown=scenario.slowdown,
+            latent_dtype=scenario.latent_dtype,
+        )
+        for number, compute in enumerate(computes, 1)
+    ]
+
+
+def edge_settings(scenario: Scenario) -> EdgeSettings:
+    """The settings of a scenario's edge."""
+    return EdgeSettings(
+        testbed=TESTBED,
+        name=EDGE,
+        host=HOST,
+        port=scenario.broker.port,
+        model=scenario.model,
+        profile=scenario.edge.compute,
+        emulated_model=scenario.emulated_model,
+        slowdown=scenario.slowdown,
+        latent_dtype=scenario.latent_dtype,
+        rows=scenario.edge.rows,
+        threads=max(1, len(os.sched_getaffinity(0)) // 2),
+        clusters=scenario.planning.clusters,
+        weights=weights(scenario),
+        most_shared=scenario.planning.most_shared,
+        quality=scenario.planning.quality,
+        writer=scenario.planning.writer,
+    )
+
+
+def weights(scenario: Scenario) -> Weights:
+    """The weights of a scenario's utility."""
+    u = scenario.utility
+    return Weights(quality=u.quality, latency=u.latency, energy=u.energy)
+
+
+def _pace(profiles: set[str]) -> str:
+    if profiles == {"native"}:
+        return "native"
+    return "mixed" if "native" in profiles else "emulated"

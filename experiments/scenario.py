@@ -1,0 +1,254 @@
+"""Scenario files: what to run, typed, with errors that name the line, what stands there and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from broker.messages import Name
+
+FOLDER = Path(__file__).parent
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+Steps = Annotated[int, Meta(ge=0, le=1000)]
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a scenario; a key that it does not know is an error."""
+
+
+class Prompts(Part, frozen=True, kw_only=True):
+    """Where the users' personal prompts come from: ``list``, or ``groups`` of a prompt ``set``.
+
+    ``set`` names a set that comes with the package or a YAML file beside the scenario; no ``groups`` means all
+    of them. Users take the prompts in order and start again at the first when there are more users;
+    ``shuffle`` draws a new order from the seed for every repetition.
+    """
+
+    set: str = "embedded"
+    groups: tuple[str, ...] = ()
+    list: tuple[Annotated[str, Meta(min_length=1, max_length=2000)], ...] = ()
+    shuffle: bool = False
+
+
+class Edge(Part, frozen=True, kw_only=True):
+    """The edge node. ``compute`` is hardware to emulate, or ``native``; ``rows`` bounds a denoiser call."""
+
+    compute: str = "a100"
+    rows: Count = 8
+
+
+class Devices(Part, frozen=True, kw_only=True):
+    """A number of like devices."""
+
+    count: Count
+    compute: str = "rtx-3090-ti"
+
+
+class Planning(Part, frozen=True, kw_only=True):
+    """How frameworks plan: number of clusters K, who words public prompts, which quality curves.
+
+    ``most_shared`` bounds the shared steps of a request; 13 of 28 is what the system model of [13] allows.
+    """
+
+    clusters: Count = 3
+    most_shared: Steps = 13
+    writer: str = "smollm2"
+    quality: str = "embedded"
+
+
+class Utility(Part, frozen=True, kw_only=True):
+    """The weights of content quality, service latency and energy; they sum to 1."""
+
+    quality: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    latency: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    energy: Annotated[float, Meta(ge=0, le=1)] = 0.3
+
+
+class Radio(Part, frozen=True, kw_only=True):
+    """Transmission power in watts of a device and of the edge's cell."""
+
+    device_watts: Annotated[float, Meta(ge=0)] = 0.2
+    edge_watts: Annotated[float, Meta(ge=0)] = 1.0
+
+
+class Broker(Part, frozen=True, kw_only=True):
+    """The local broker; by default Mosquitto where it is installed, else amqtt."""
+
+    implementation: Literal["mosquitto", "amqtt"] | None = None
+    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+
+
+class Scenario(Part, frozen=True, kw_only=True):
+    """One experiment: every framework serves the same users with the same noise, ``repetitions`` times.
+
+    ``model`` is the diffusion model that runs, ``emulated_model`` the one whose size and pace an emulated node
+    shows; ``steps`` is T; ``scorer`` judges the pictures; ``timeout`` are the seconds after which a request
+    of a round counts as unanswered, ``window`` those for which the edge collects a batch; ``slowdown``
+    stretches emulated time, and is divided out of the record.
+    """
+
+    name: Name
+    description: str = ""
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    repetitions: Count = 1
+    frameworks: Annotated[tuple[str, ...], Meta(min_length=1)] = ("semct", "device-only")
+    devices: Annotated[tuple[Devices, ...], Meta(min_length=1)]
+    edge: Edge = Edge()
+    prompts: Prompts = Prompts()
+    model: str = "embedded"
+    emulated_model: str = "sd3-medium"
+    scorer: str = "embedded"
+    steps: Annotated[int, Meta(ge=1, le=1000)] = 28
+    latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    planning: Planning = Planning()
+    utility: Utility = Utility()
+    radio: Radio = Radio()
+    broker: Broker = Broker()
+    slowdown: Annotated[float, Meta(ge=1)] = 1.0
+    window: Positive = 5.0
+    timeout: Positive = 120.0
+
+    @property
+    def users(self) -> int:
+        """The number of devices."""
+        return sum(group.count for group in self.devices)
+
+
+class PromptGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompts that belong together, and how close they are in meaning."""
+
+    name: str
+    prompts: tuple[str, ...]
+    closeness: str = ""
+
+
+class PromptSet(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of personal prompts in groups."""
+
+    name: str
+    groups: tuple[PromptGroup, ...]
+    description: str = ""
+    domain: str = ""
+
+
+class BadScenario(ValueError):
+    """A scenario or prompt file is not right: one sentence says where and what is allowed."""
+
+
+def load_scenario(path: Path) -> Scenario:
+    """The scenario in a YAML file; raises ``BadScenario``."""
+    scenario: Scenario = _load(path, Scenario, "scenario")
+    weights = scenario.utility
+    if abs(weights.quality + weights.latency + weights.energy - 1) > 1e-6:
+        raise BadScenario(f"{path}: the weights under `utility` must sum to 1, these are {weights}")
+    if scenario.users > 1000:
+        raise BadScenario(f"{path}: a cell holds at most 1000 devices, `devices` asks for {scenario.users}")
+    twice = {f for f in scenario.frameworks if scenario.frameworks.count(f) > 1}
+    if twice:
+        raise BadScenario(f"{path}: framework {twice.pop()!r} stands twice under `frameworks`")
+    return scenario
+
+
+def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:
+    """The scenario's personal prompts; ``beside`` is the folder of the scenario. Raises ``BadScenario``."""
+    wanted = scenario.prompts
+    if wanted.list:
+        return wanted.list
+    path = FOLDER / "prompts" / f"{wanted.set}.yaml"
+    if not path.exists():
+        path = beside / wanted.set
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in (FOLDER / "prompts").glob("*.yaml")))
+        raise BadScenario(
+            f"there is no prompt set {wanted.set!r}: it is neither a file {path} nor one of those that come "
+            f"with the package ({have})"
+        )
+    prompts: PromptSet = _load(path, PromptSet, "prompt set")
+    groups = {g.name: g for g in prompts.groups}
+    unknown = [name for name in wanted.groups if name not in groups]
+    if unknown:
+        raise BadScenario(f"prompt set {path} has no group {unknown[0]!r}; it has {', '.join(groups)}")
+    chosen = [groups[name] for name in wanted.groups] if wanted.groups else list(prompts.groups)
+    found = tuple(prompt for group in chosen for prompt in group.prompts)
+    if not found:
+        raise BadScenario(f"the chosen groups of prompt set {path} hold no prompts")
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a scenario file."""
+    return msgspec.json.schema(Scenario)
+
+
+def to_yaml(scenario: Scenario) -> str:
+    """The scenario with every default spelled out."""
+    return yaml.safe_dump(msgspec.to_builtins(scenario), sort_keys=False, allow_unicode=True)
+
+
+def _load(path: Path, kind: type[Any], what: str) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadScenario(f"the {what} {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadScenario(f"the {what} {path} is no text in UTF-8") from error
+    try:
+        document = yaml.compose(text, Loader=yaml.SafeLoader)
+        return msgspec.convert(yaml.safe_load(text), kind, strict=True)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise BadScenario(f"{path}, line {line}: this is no YAML ({error.problem})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadScenario(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+    except msgspec.ValidationError as error:
+        raise BadScenario(f"{path}, line {_sentence(text, document, kind, str(error))}") from error
+
+
+def _sentence(text: str, document: yaml.Node | None, kind: type[Any], error: str) -> str:
+    """Where in the text the validator's ``error`` applies, what stands there, and what is allowed."""
+    message, _, where = error.partition(" - at `")
+    where = where.rstrip("`").removeprefix("key in ").removeprefix("$").lstrip(".")
+    node = _node_at(document, where)
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
+    found = ""
+    if unknown is not None and isinstance(node, yaml.MappingNode):
+        node = next(key for key, _ in node.value if key.value == unknown[1])
+        allowed = ", ".join(_struct_at(kind, where).__struct_fields__)
+        message = f"there is no key {unknown[1]!r} here; there is {allowed}"
+    elif isinstance(node, yaml.ScalarNode):
+        found = f" {text[node.start_mark.index : node.end_mark.index]!r}"
+    line = node.start_mark.line + 1 if node is not None else 1
+    place = f", at `{where}`" if where else ""
+    return f"{line}{place}{found}: {message[0].lower() + message[1:]}"
+
+
+def _struct_at(kind: Any, path: str) -> Any:
+    """The struct type that a path such as ``devices[0]`` leads to."""
+    for step in re.findall(r"[^.\[\]]+", path):
+        if not step.isdigit() and step != "...":
+            kind = get_type_hints(kind)[step]
+        while not hasattr(kind, "__struct_fields__"):
+            kind = get_args(kind)[0]
+    return kind
+
+
+def _node_at(node: yaml.Node | None, path: str) -> yaml.Node | None:
+    """The YAML node that a path such as ``devices[0].count`` leads to, or the last one on the way."""
+    for step in re.findall(r"[^.\[\]]+", path):
+        if isinstance(node, yaml.MappingNode):
+            below = next((value for key, value in node.value if key.value == step), None)
+        elif isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
+            below = node.value[int(step)]
+        else:
+            below = None
+        if below is None:
+            return node
+        node = below
+    return node

@@ -1,0 +1,53 @@
+"""How a node serves: tasks that end with it, and messages that the bus delivers twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+
+from broker.messages import Work
+
+_logger = logging.getLogger(__name__)
+
+_KEPT = 4096  # messages; a redelivery follows its first delivery by seconds
+
+
+class _Over(Exception):
+    """The body of ``tasks_until_end`` has ended."""
+
+
+@asynccontextmanager
+async def tasks_until_end() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose tasks are cancelled, not waited for, when its body ends."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+            raise _Over
+    except* _Over:
+        pass
+
+
+class Deliveries:
+    """Remembers the latest messages: QoS 1 may deliver one again, which must not be answered again."""
+
+    def __init__(self, *, kept: int = _KEPT) -> None:
+        self._kept = kept
+        self._keys: OrderedDict[Hashable, None] = OrderedDict()
+
+    def is_first_work(self, work: Work) -> bool:
+        """Whether the work has not been here at this step of its route; it may come back at a later one."""
+        at = work.route[0].start if work.route else work.steps
+        return self.is_first("work", work.round, work.request, at)
+
+    def is_first(self, *key: Hashable) -> bool:
+        """Whether ``key`` has not been seen among the latest messages; from now on it has."""
+        if key in self._keys:
+            _logger.info("%s came again and is ignored", key)
+            return False
+        self._keys[key] = None
+        if len(self._keys) > self._kept:
+            self._keys.popitem(last=False)
+        return True

@@ -1,0 +1,60 @@
+"""What a node program is started with: one JSON document, the same on this machine and in a container."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from broker.messages import Name
+
+
+class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the node belongs and how it computes.
+
+    ``profile`` is ``native`` or hardware to emulate, ``emulated_model`` the model whose size and pace the
+    emulation shows; ``slowdown`` stretches emulated time; ``rows`` bounds a denoiser call; ``latent_dtype`` is
+    what latents travel as; ``threads`` are torch's.
+    """
+
+    testbed: Name
+    name: Name
+    host: str
+    port: int
+    model: str = "embedded"
+    profile: str = "native"
+    emulated_model: str = "sd3-medium"
+    slowdown: float = 1.0
+    rows: Annotated[int, Meta(ge=1)] = 8
+    latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    threads: Annotated[int, Meta(ge=1)] = 1
+
+
+Settings = TypeVar("Settings", bound=NodeSettings)
+
+
+def read_settings(kind: type[Settings], arguments: list[str]) -> Settings:
+    """The settings in the file that the only argument names; exits with one sentence where they are not right."""
+    if len(arguments) != 1:
+        sys.exit("usage: python -m edge_node|device_node SETTINGS.json")
+    path = Path(arguments[0])
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        sys.exit(f"the settings {path} cannot be read: {error.strerror}")
+    except msgspec.DecodeError as error:
+        sys.exit(f"the settings {path} are not right: {error}")
+
+
+def start_logging() -> None:
+    """Lines with time and level on standard error, which whoever starts a node keeps."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )

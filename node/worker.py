@@ -1,0 +1,202 @@
+"""The part of a node that works: an engine driven from asyncio, and the way of a request through it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Hashable
+from itertools import takewhile
+from typing import Literal, NoReturn
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from broker.messages import Compute, Spent, Stage, Work
+from node.latents import pack, unpack
+from node.settings import NodeSettings
+from semct.compute import Processor, processor
+from semct.diffusion import Denoiser
+from semct.engine import Done, Engine, Job, Totals
+from semct.routes import Segment
+
+
+class Worker:
+    """Runs the node's own segments of many requests at once. ``drive`` must run beside its users."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        denoiser: Denoiser,
+        pace: Processor,
+        rows: int,
+        latent_dtype: Literal["float16", "bfloat16", "float32"],
+    ) -> None:
+        self._name = name
+        self._denoiser = denoiser
+        self._pace = pace
+        self._latent_dtype = latent_dtype
+        self._engine = Engine({denoiser.name: denoiser}, pace, rows=rows)
+        self._waiting: list[Job] = []
+        self._running: dict[str, asyncio.Future[Done]] = {}
+        self._wake = asyncio.Event()
+        self._reported = Totals()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that this node holds."""
+        return (self._denoiser.name,)
+
+    @property
+    def compute(self) -> Compute:
+        """How this node computes, for its birth."""
+        step, decode = self._pace.step_cost, self._pace.decode_cost
+        return Compute(
+            profile=self._pace.profile,
+            step_seconds=step.seconds,
+            step_joules=step.joules,
+            decode_seconds=decode.seconds,
+            decode_joules=decode.joules,
+        )
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes that an intermediate result takes on the wire."""
+        latent = pack(self._denoiser.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)
+        return len(latent.data) + len(latent.padding)
+
+    async def drive(self) -> NoReturn:
+        """Make denoiser calls in a thread as long as there is work."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting or not self._engine.idle:
+                self._admit()
+                for done in await asyncio.to_thread(self._engine.call):
+                    waiter = self._running.pop(done.job.request)
+                    if not waiter.cancelled():
+                        waiter.set_result(done)
+
+    async def carry(self, work: Work, *, group: Hashable = None, weight: float = 1.0) -> Work:
+        """Run the segments of the route that are this node's turn, and return the work that is left.
+
+        ``group`` and ``weight`` are the request's cluster and its share of the node. Raises ``ValueError``
+        for work that cannot be done here: another model, a missing or misshapen latent, a request that is
+        already under way.
+        """
+        own = tuple(takewhile(lambda s: s.node == self._name, work.route))
+        if not own:
+            return work
+        if work.request in self._running:
+            raise ValueError(f"request {work.request} is already under way on {self._name}")
+        arrived = time.time()
+        job = Job(
+            request=work.request,
+            seed=work.seed,
+            steps=work.steps,
+            segments=tuple(msgspec.convert(s, Segment, from_attributes=True) for s in own),
+            latent=None if work.latent is None else unpack(work.latent, self._denoiser.latent_shape),
+            group=group,
+            weight=weight,
+        )
+        waiter: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._running[work.request] = waiter
+        self._waiting.append(job)
+        self._wake.set()
+        done = await waiter
+        queue = Stage(name="queue", node=self._name, start=arrived, stop=done.started)
+        denoise = Stage(
+            name="denoise",
+            node=self._name,
+            start=done.started,
+            stop=done.finished,
+            joules=done.joules,
+            flops=done.flops,
+            steps=done.steps,
+            overruns=done.overruns,
+            modelled=done.modelled,
+        )
+        return msgspec.structs.replace(
+            work,
+            route=work.route[len(own) :],
+            latent=pack(done.latent, self._latent_dtype, least_bytes=self._pace.latent_bytes),
+            stages=(*work.stages, queue, denoise),
+        )
+
+    async def decode(self, work: Work) -> Work:
+        """Turn the latent of a finished route into a picture (PNG)."""
+        if work.latent is None:
+            raise ValueError(f"request {work.request} has no latent to decode")
+        latent = unpack(work.latent, self._denoiser.latent_shape)
+        start = time.time()
+        pixels, cost = await asyncio.to_thread(self._pace.decode, self._denoiser, [latent])
+        stage = Stage(
+            name="decode",
+            node=self._name,
+            start=start,
+            stop=time.time(),
+            joules=cost.joules,
+            flops=cost.flops,
+            overruns=int(cost.overrun),
+            modelled=cost.modelled,
+        )
+        return msgspec.structs.replace(work, latent=None, picture=_png(pixels[0]), stages=(*work.stages, stage))
+
+    def spent(self, round_id: str) -> Spent:
+        """What the engine did since the last report; the round is over, and its prompts are forgotten."""
+        self._denoiser.forget()
+        now, before = self._engine.totals, self._reported
+        self._reported = now
+        return Spent(
+            round=round_id,
+            node=self._name,
+            denoiser_calls=now.calls - before.calls,
+            rows=now.rows - before.rows,
+            flops=now.flops - before.flops,
+            busy=now.seconds - before.seconds,
+            joules=now.joules - before.joules,
+            overruns=now.overruns - before.overruns,
+        )
+
+    def _admit(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            try:
+                self._engine.submit(job)
+            except ValueError as error:
+                waiter = self._running.pop(job.request)
+                if not waiter.cancelled():
+                    waiter.set_exception(error)
+
+
+def received(work: Work, sender: str, at: float, size: int) -> Work:
+    """The work with the stage of its transfer from ``sender``, ``size`` bytes that arrived at ``at``."""
+    transfer = Stage(name="transfer", node=sender, start=work.sent, stop=max(at, work.sent), size=size)
+    return msgspec.structs.replace(work, stages=(*work.stages, transfer))
+
+
+def make_worker(settings: NodeSettings, denoiser: Denoiser) -> Worker:
+    """The worker of a node on a denoiser that is already loaded."""
+    pace = processor(denoiser, settings.profile, settings.emulated_model, slowdown=settings.slowdown)
+    return Worker(
+        name=settings.name,
+        denoiser=denoiser,
+        pace=pace,
+        rows=settings.rows,
+        latent_dtype=settings.latent_dtype,
+    )
+
+
+def warm_up(denoiser: Denoiser) -> None:
+    """One step and one decode, so that the first request is like the others."""
+    (latent,) = denoiser.run([denoiser.noise(0)], 0, 1, 1, [""])
+    denoiser.decode([latent])
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

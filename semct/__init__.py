@@ -1,0 +1,1 @@
+"""The method: prompts, clusters, routes, the denoiser and its engine, quality, cost, planner and frameworks."""

@@ -1,0 +1,262 @@
+"""How long a node computes and what that costs: natively, or emulating other hardware and a larger model.
+
+*Native* takes the time it takes. *Emulated* runs the real denoiser and then holds the call until the time
+that a profile gives for the emulated model has passed; a real call that takes longer than that is an
+overrun, and is counted. Emulation wraps the denoiser, so neither engine nor nodes know of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from semct.diffusion import Conditioning, Denoiser
+
+T = TypeVar("T")
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """Hardware to emulate: sustained TFLOP/s on a diffusion transformer, and watts while busy.
+
+    Sustained rates are half of the peak that the vendor names: a model of the utilisation, not a measurement.
+    """
+
+    name: str
+    tflops: float
+    watts: float
+    source: str
+
+
+class EmulatedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model to emulate: TFLOP a guided step and a decode take, and the bytes of its latent on the wire."""
+
+    name: str
+    step_tflop: float
+    decode_tflop: float
+    latent_bytes: int
+    source: str
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile(
+            name="a100",
+            tflops=156.0,
+            watts=400.0,
+            source="NVIDIA A100 datasheet: 312 TFLOP/s bf16 dense, 400 W (SXM); half of it sustained",
+        ),
+        Profile(
+            name="rtx-3090-ti",
+            tflops=40.0,
+            watts=450.0,
+            source="NVIDIA GA102 whitepaper: 80 TFLOP/s fp16 with fp32 accumulate, 450 W; half of it sustained",
+        ),
+        Profile(
+            name="jetson-orin",
+            tflops=21.3,
+            watts=60.0,
+            source="NVIDIA Jetson AGX Orin 64GB datasheet: 42.5 TFLOP/s fp16 dense, 60 W; half of it sustained",
+        ),
+    )
+}
+"""The hardware that can be emulated, by name."""
+
+EMULATED_MODELS = {
+    m.name: m
+    for m in (
+        EmulatedModel(
+            name="sd3-medium",
+            step_tflop=12.0,
+            decode_tflop=10.5,
+            latent_bytes=16 * 128 * 128 * 2,
+            source="SemCT, Table 1: 16800 TFLOP for 50 x 28 steps; decode counted by torch on diffusers' "
+            "AutoencoderKL (which counts 16.9 TFLOP for a guided step of 1024 x 1024 and 154 tokens)",
+        ),
+    )
+}
+"""The models that can be emulated, by name."""
+
+
+class Cost(NamedTuple):
+    """What one call took: seconds, joules, FLOPs; whether it overran its profile; whether it is modelled."""
+
+    seconds: float
+    joules: float
+    flops: float
+    overrun: bool
+    modelled: bool
+
+
+class Processor(Protocol):
+    """Runs a denoiser's calls at a pace, and says what they cost. Times are seconds of the emulated world."""
+
+    @property
+    def profile(self) -> str:
+        """What stands in the record: a profile's name, or ``native``."""
+        ...
+
+    @property
+    def latent_bytes(self) -> int:
+        """The least size of a latent on the wire; shorter ones are padded."""
+        ...
+
+    @property
+    def step_cost(self) -> Cost:
+        """What the planner expects of one row's step."""
+        ...
+
+    @property
+    def decode_cost(self) -> Cost:
+        """What the planner expects of one decode."""
+        ...
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[list[Tensor], Cost]:
+        """``Denoiser.step`` and its cost."""
+        ...
+
+    def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
+        """``Denoiser.decode`` and its cost."""
+        ...
+
+
+class Native:
+    """This machine's own pace. Energy is not metered here and counts as zero joules."""
+
+    profile = "native"
+    latent_bytes = 0
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._expected: Cost | None = None
+
+    @property
+    def step_cost(self) -> Cost:
+        """Measured on first use: the fastest of three steps."""
+        if self._expected is None:
+            noise, text = self._denoiser.noise(0), self._denoiser.encode("")
+            costs = [self.step(self._denoiser, [noise], [0], [1], [text])[1] for _ in range(3)]
+            self._expected = min(costs)
+        return self._expected
+
+    @property
+    def decode_cost(self) -> Cost:
+        """Its time is taken as free, being small beside the steps'. Its operations are counted here, on first use."""
+        return Cost(0.0, 0.0, float(self._denoiser.flops_per_decode), overrun=False, modelled=False)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[list[Tensor], Cost]:
+        """``Denoiser.step`` and its cost."""
+        result, seconds = _timed(lambda: denoiser.step(latents, at, of, conditionings))
+        flops = float(denoiser.flops_per_step * len(latents))
+        return result, Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+
+    def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
+        """``Denoiser.decode`` and its cost."""
+        result, seconds = _timed(lambda: denoiser.decode(latents))
+        flops = float(denoiser.flops_per_decode * len(latents))
+        return result, Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+
+
+class Emulated:
+    """Another machine's pace with another model, held in real time stretched by ``slowdown``."""
+
+    def __init__(self, profile: Profile, model: EmulatedModel, *, slowdown: float = 1.0) -> None:
+        self.profile = profile.name
+        self.latent_bytes = model.latent_bytes
+        self._watts = profile.watts
+        self._tflops = profile.tflops
+        self._model = model
+        self._slowdown = slowdown
+
+    @property
+    def step_cost(self) -> Cost:
+        """One row's step by the profile."""
+        return self._cost(self._model.step_tflop)
+
+    @property
+    def decode_cost(self) -> Cost:
+        """One decode by the profile."""
+        return self._cost(self._model.decode_tflop)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[list[Tensor], Cost]:
+        """``Denoiser.step``, held for the profile's time: rows share a saturated GPU, so it grows with them."""
+        cost = self._cost(self._model.step_tflop * len(latents))
+        return self._held(lambda: denoiser.step(latents, at, of, conditionings), cost)
+
+    def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
+        """``Denoiser.decode``, held for the profile's time."""
+        cost = self._cost(self._model.decode_tflop * len(latents))
+        return self._held(lambda: denoiser.decode(latents), cost)
+
+    def _cost(self, tflop: float) -> Cost:
+        seconds = tflop / self._tflops
+        return Cost(seconds, seconds * self._watts, tflop * 1e12, overrun=False, modelled=True)
+
+    def _held(self, call: Callable[[], T], cost: Cost) -> tuple[T, Cost]:
+        result, real = _timed(call)
+        wanted = cost.seconds * self._slowdown
+        if real > wanted:
+            return result, cost._replace(overrun=True)
+        time.sleep(wanted - real)
+        return result, cost
+
+
+class UnknownProfile(ValueError):
+    """A scenario names hardware or a model to emulate that is not in the tables."""
+
+
+def check_names(profile: str, model: str) -> None:
+    """Raise ``UnknownProfile`` unless a node can compute like this."""
+    if profile != Native.profile:
+        _named(PROFILES, profile, "compute profile")
+        _named(EMULATED_MODELS, model, "emulated model")
+
+
+def processor(denoiser: Denoiser, profile: str, model: str, *, slowdown: float) -> Processor:
+    """The processor of a node: ``profile`` is ``native`` or a name in ``PROFILES``."""
+    if profile == Native.profile:
+        return Native(denoiser)
+    return Emulated(
+        _named(PROFILES, profile, "compute profile"),
+        _named(EMULATED_MODELS, model, "emulated model"),
+        slowdown=slowdown,
+    )
+
+
+def _named(table: dict[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise UnknownProfile(f"{what} {name!r} is not known; there is {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start

@@ -1,0 +1,223 @@
+"""The denoiser: a flow-matching diffusion model that can stop and go on at any step.
+
+Rows of one batch may stand at different steps and carry different prompts, which is what lets requests of
+different clusters ride in one call. A run that is split at any step gives the latents of the unsplit run.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, cast
+
+import msgspec
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_log
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from semct.prompts import SentenceEncoder, load_sentence_encoder
+
+EMBEDDED = "embedded"
+"""The name of the small model that comes with the package."""
+
+ASSETS = Path(__file__).parent / "assets"
+
+_PROMPTS_KEPT = 1024
+
+
+class ModelNotFound(ValueError):
+    """No diffusion model of that name can be loaded here."""
+
+
+class Conditioning(NamedTuple):
+    """What the text says to the denoiser: token states (length, d) and a pooled vector (p,)."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class TextEncoder(Protocol):
+    """Turns one prompt into its conditioning."""
+
+    def __call__(self, prompt: str) -> Conditioning: ...
+
+
+class SentenceConditioning(msgspec.Struct, frozen=True, kw_only=True):
+    """``text.json`` of a model that is conditioned on a sentence encoder instead of CLIP and T5."""
+
+    encoder: str
+    tokens: int
+    token_scale: float
+    pooled_scale: float
+    guidance: float
+    steps: int
+
+
+class _SentenceText:
+    def __init__(self, encoder: SentenceEncoder, settings: SentenceConditioning) -> None:
+        self._encoder = encoder
+        self._settings = settings
+
+    def __call__(self, prompt: str) -> Conditioning:
+        tokens, pooled = self._encoder.tokens([prompt], self._settings.tokens)
+        return Conditioning(tokens[0] * self._settings.token_scale, pooled[0] * self._settings.pooled_scale)
+
+
+class _PipelineText:
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    def __call__(self, prompt: str) -> Conditioning:
+        tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+        )
+        return Conditioning(tokens[0], pooled[0])
+
+
+class Denoiser:
+    """A loaded diffusion model on one torch device.
+
+    Latents are float32 (channels, height, width) on the CPU at its border, whatever runs inside.
+    """
+
+    def __init__(self, pipeline: Any, text: TextEncoder, *, name: str, guidance: float) -> None:
+        self.name = name
+        self.guidance = guidance
+        self._transformer = pipeline.transformer
+        self._vae = pipeline.vae
+        self._scheduler = pipeline.scheduler
+        self._images = pipeline.image_processor
+        self._encode = functools.lru_cache(maxsize=_PROMPTS_KEPT)(text)
+
+    @classmethod
+    def load(cls, model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Load ``"embedded"``, a local diffusers folder or a Hugging Face id, all the same way.
+
+        Raises ``ModelNotFound``, in one sentence, where there is no such model.
+        """
+        source = str(ASSETS / EMBEDDED) if model == EMBEDDED else model
+        settings = Path(source) / "text.json"
+        without_text = dict.fromkeys([f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")])
+        diffusers_log.disable_progress_bar()
+        try:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                source,
+                dtype=dtype,
+                local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
+                **(without_text if settings.exists() else {}),
+            )
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelNotFound(
+                f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r}, nor a diffusers folder "
+                f"with a Stable Diffusion 3 pipeline, nor a Hugging Face id that is reachable here ({reason})"
+            ) from error
+        pipeline.to(device)
+        if settings.exists():
+            conditioning = msgspec.json.decode(settings.read_bytes(), type=SentenceConditioning)
+            text: TextEncoder = _SentenceText(load_sentence_encoder(), conditioning)
+            return cls(pipeline, text, name=model, guidance=conditioning.guidance)
+        return cls(pipeline, _PipelineText(pipeline), name=model, guidance=7.0)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        config = self._transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> Conditioning:
+        """The conditioning of one prompt; the most recent ones are remembered."""
+        return self._encode(prompt)
+
+    def forget(self) -> None:
+        """Forget the prompts that were encoded, so that the next round pays for its own."""
+        self._encode.cache_clear()
+        self.encode("")
+
+    def noise(self, seed: int) -> Tensor:
+        """The latent at step 0: the same numbers on every device."""
+        return torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  a handful of step counts, as long as the model
+    def sigmas(self, steps: int) -> Tensor:
+        """The noise levels at steps 0..T, shape (T + 1,), as diffusers' scheduler lays them out."""
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(steps)
+        return cast("Tensor", scheduler.sigmas)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> list[Tensor]:
+        """One denoising step of every row: row i goes from step ``at[i]`` to ``at[i] + 1`` of ``of[i]``.
+
+        One call of the transformer, with classifier-free guidance (twice the rows); rows do not influence
+        each other. The update is flow matching's Euler step, x += (sigma[k+1] - sigma[k]) v.
+        """
+        levels = torch.stack([self.sigmas(t)[k : k + 2] for k, t in zip(at, of, strict=True)])
+        x = torch.stack(list(latents))
+        velocity = self._velocity(x, levels[:, 0], conditionings)
+        return list(x + (levels[:, 1] - levels[:, 0]).view(-1, 1, 1, 1) * velocity)
+
+    def run(self, latents: Sequence[Tensor], start: int, stop: int, steps: int, prompts: Sequence[str]) -> list[Tensor]:
+        """Steps [start, stop) of ``steps`` on rows that keep pace with each other, one prompt per row."""
+        conditionings = [self.encode(prompt) for prompt in prompts]
+        rows = list(latents)
+        for k in range(start, stop):
+            rows = self.step(rows, [k] * len(rows), [steps] * len(rows), conditionings)
+        return rows
+
+    @torch.inference_mode()
+    def decode(self, latents: Sequence[Tensor]) -> NDArray[np.uint8]:
+        """Pictures (n, height, width, 3) of finished latents."""
+        config = self._vae.config
+        x = torch.stack(list(latents)).to(self._vae.device, self._vae.dtype)
+        pixels = self._vae.decode(x / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        unit = self._images.postprocess(pixels.float(), output_type="pt")
+        return cast("NDArray[np.uint8]", (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+    @functools.cached_property
+    def flops_per_step(self) -> int:
+        """Floating-point operations of one row's step, guidance included, as counted by torch."""
+        text = self.encode("")  # outside the counter: encoding is not part of a step
+        with FlopCounterMode(display=False) as counter:
+            self.step([self.noise(0)], [0], [1], [text])
+        return int(counter.get_total_flops())
+
+    @functools.cached_property
+    def flops_per_decode(self) -> int:
+        """Floating-point operations of decoding one latent, as counted by torch."""
+        with FlopCounterMode(display=False) as counter:
+            self.decode([self.noise(0)])
+        return int(counter.get_total_flops())
+
+    def _velocity(self, x: Tensor, level: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
+        device, dtype = self._transformer.device, self._transformer.dtype
+        guided = self.guidance > 1
+        rows = [self.encode("")] * len(conditionings) * guided + list(conditionings)
+        repeat = 1 + guided
+        timestep = level * self._scheduler.config.num_train_timesteps
+        velocity = self._transformer(
+            hidden_states=x.repeat(repeat, 1, 1, 1).to(device, dtype),
+            encoder_hidden_states=torch.stack([c.tokens for c in rows]).to(device, dtype),
+            pooled_projections=torch.stack([c.pooled for c in rows]).to(device, dtype),
+            timestep=timestep.repeat(repeat).to(device),
+            return_dict=False,
+        )[0]
+        velocity = velocity.float().cpu()
+        if not guided:
+            return cast("Tensor", velocity)
+        free, bound = velocity.chunk(2)
+        return cast("Tensor", free + self.guidance * (bound - free))

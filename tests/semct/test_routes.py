@@ -1,0 +1,119 @@
+"""Routes: no gaps, and steps counted as a brute-force walk over them counts."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semct.routes import Cluster, Plan, Request, Route, Segment, route, shared_steps, steps_by_node
+
+Span = tuple[str, str, str, int]
+
+spans = st.lists(
+    st.tuples(st.sampled_from(["edge", "d1"]), st.sampled_from("mn"), st.sampled_from("pq"), st.integers(0, 4)),
+    max_size=5,
+)
+
+
+def request(name: str, steps: int, seed: int = 0) -> Request:
+    return Request(id=name, device="d1", prompt="p", seed=seed, steps=steps)
+
+
+def whole(name: str, spans: Sequence[Span], seed: int = 0) -> Route:
+    return route(request(name, sum(length for *_, length in spans), seed), *spans)
+
+
+def segment(start: int, stop: int, node: str = "edge") -> Segment:
+    return Segment(node=node, model="m", prompt="p", start=start, stop=stop)
+
+
+def trail(r: Route) -> list[tuple[str, str, str]]:
+    """Who does each step, with which model and prompt."""
+    return [(s.node, s.model, s.prompt) for s in r.segments for _ in range(s.start, s.stop)]
+
+
+@given(spans)
+def test_spans_laid_end_to_end_make_a_route(spans: list[Span]) -> None:
+    made = whole("r", spans)
+    assert trail(made) == [(node, model, prompt) for node, model, prompt, n in spans for _ in range(n)]
+    keys = [(s.node, s.model, s.prompt) for s in made.segments]
+    assert all(a != b for a, b in itertools.pairwise(keys))
+    assert all(s.start < s.stop for s in made.segments)
+
+
+def test_twins_merge_and_empty_spans_vanish() -> None:
+    made = route(
+        request("r", 9),
+        ("edge", "m", "p", 2),
+        ("edge", "m", "q", 0),
+        ("edge", "m", "p", 3),
+        ("d1", "m", "p", 4),
+    )
+    assert made.segments == (segment(0, 5), segment(5, 9, "d1"))
+    assert made.nodes == ("edge", "d1")
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        (),
+        (segment(0, 3),),
+        (segment(1, 4),),
+        (segment(0, 2), segment(3, 4)),
+        (segment(0, 3), segment(2, 4)),
+        (segment(0, 2), segment(2, 2), segment(2, 4)),
+        (segment(0, 2), segment(2, 5)),
+        (segment(2, 4), segment(0, 2)),
+    ],
+    ids=["none", "short", "late", "gap", "overlap", "empty", "long", "backwards"],
+)
+def test_a_route_that_does_not_lead_from_start_to_end_is_refused(segments: tuple[Segment, ...]) -> None:
+    with pytest.raises(ValueError, match="the route of r does not lead from 0 to 4"):
+        Route(request="r", seed=0, steps=4, segments=segments)
+
+
+def test_a_route_off_the_wire_is_checked_too() -> None:
+    good = msgspec.msgpack.encode(whole("r", [("edge", "m", "p", 4)]))
+    bad = good.replace(b"\xa5steps\x04", b"\xa5steps\x05")
+    assert good != bad
+    with pytest.raises(msgspec.ValidationError, match="does not lead"):
+        msgspec.msgpack.decode(bad, type=Route)
+
+
+def test_spans_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not lead from 0 to 5"):
+        route(request("r", 5), ("edge", "m", "p", 4))
+
+
+@given(st.lists(st.tuples(spans, st.integers(0, 1)), max_size=5))
+def test_steps_are_shared_as_far_as_routes_begin_alike(drawn: list[tuple[list[Span], int]]) -> None:
+    routes = [whole(f"r{i}", spans, seed) for i, (spans, seed) in enumerate(drawn)]
+    riders: dict[object, set[str]] = defaultdict(set)
+    for r in routes:
+        walked = trail(r)
+        for k in range(r.steps):
+            # A step is another request's step where everything up to it was the same.
+            riders[(r.seed, r.steps, tuple(walked[: k + 1]))].add(r.request)
+    by_node = Counter(beginning[2][-1][0] for beginning in riders)  # type: ignore[index]
+    assert steps_by_node(routes) == dict(by_node)
+    assert shared_steps(routes) == {
+        r.request: sum(len(names) > 1 for names in riders.values() if r.request in names) for r in routes
+    }
+
+
+def test_the_same_prompt_after_another_past_is_not_shared() -> None:
+    a = whole("a", [("edge", "m", "public", 3), ("edge", "m", "p", 2), ("d1", "m", "p", 3)])
+    b = whole("b", [("edge", "m", "public", 2), ("edge", "m", "p", 3), ("d1", "m", "p", 3)])
+    assert shared_steps([a, b]) == {"a": 2, "b": 2}
+    assert steps_by_node([a, b]) == {"edge": 3 + 2 + 3, "d1": 6}
+
+
+def test_a_plan_knows_a_requests_share() -> None:
+    cluster = Cluster(members=("a",), public_prompt="p", source="member", similarity=(1.0,), share=0.25)
+    plan = Plan(clusters=(cluster,), routes=())
+    assert plan.share("a") == 0.25
+    assert plan.share("somebody else") == 1.0
