@@ -18,26 +18,24 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, TypeVarTuple
+from typing import Any, Final, Protocol, Self, TypeVar, TypeVarTuple
 
 import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from netem.link import BadLink, Link
+
 HUB_ADDRESS: Final = "10.83.0.1"
 """The hub's own address. It is on the hub's loopback interface too, so a server can bind it at once."""
 
-MTU: Final = 1400
-"""Bytes. What is left of 1500 inside a cellular core's tunnels. Every kind of link uses it, since TCP's
-goodput under loss depends on the segment size."""
-
 _DEVICE_INTERFACE: Final = "uplink"
 _LOOPBACK: Final = 1  # the index of lo in every namespace
-_LINK_GROUP: Final = 83  # all links of a hub, to delete them in one request
+_NO_ARP: Final = 0x80  # IFF_NOARP: a tunnel, which has neither neighbours nor an address of its own
 _NO_IPV6_ADDRESS: Final = 1  # IN6_ADDR_GEN_MODE_NONE
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
@@ -63,7 +61,11 @@ class NamespaceError(Exception):
 
 
 class AttachError(Exception):
-    """A device could not be joined to the hub, or separated from it."""
+    """A device could not be joined to the hub or separated from it, or its link not be shaped."""
+
+
+class LinksUnavailable(Exception):
+    """This kind of links cannot be had here: one sentence says what is missing and how to get it."""
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -124,20 +126,57 @@ def wait_for_link() -> None:
             changes.recv(65536)
 
 
+class Links(Protocol):
+    """One way to make and shape a hub's links. The hub calls it from one thread, in its own namespace."""
+
+    implementation: str
+    """For the record, such as ``netem``."""
+
+    def open(self) -> None:
+        """Get ready; raises ``LinksUnavailable`` with what is missing here and how to get it."""
+        ...
+
+    def close(self) -> None:
+        """Remove every link that is left."""
+        ...
+
+    def connect(self, host: Host, namespace: int) -> None:
+        """Make both ends of a link that lets everything pass, down and without addresses.
+
+        They are ``host.hub_interface`` here and ``host.device_interface`` in ``namespace`` (an open file).
+        """
+        ...
+
+    def disconnect(self, host: Host) -> None:
+        """Remove both ends; they may be gone already."""
+        ...
+
+    def apply(self, host: Host, namespace: int, link: Link) -> None:
+        """Bring a link into a state, without losing a packet to the change. Raises ``BadLink`` or ``OSError``."""
+        ...
+
+    def read(self, host: Host, namespace: int) -> Link:
+        """The state that the link is in, read back from what shapes it."""
+        ...
+
+
 class Hub:
     """The links between this process, which has entered the hub, and its devices.
 
+    ``links`` makes and shapes them; ``congestion`` is TCP's congestion control over them, in both directions.
     One thread does all the work on the kernel's side: it visits the devices' namespaces, and pyroute2 wants
     its sockets used where they were opened, away from a running event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, links: Links, *, congestion: str = "cubic") -> None:
+        self._links = links
+        self._congestion = congestion
         self._hosts: dict[int, Host] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
         self._kernel: Any = None
 
     async def __aenter__(self) -> Self:
-        """Raises `NamespaceError` when this process has not entered the hub."""
+        """Raises `NamespaceError` when this process has not entered the hub, and `LinksUnavailable`."""
         try:
             await self._in_thread(self._open)
         except BaseException:
@@ -158,13 +197,14 @@ class Hub:
         """The attached devices."""
         return tuple(self._hosts.values())
 
-    async def attach(self, name: str, pid: int) -> Host:
+    async def attach(self, name: str, pid: int, link: Link | None = None) -> Host:
         """Join the process `pid`, which has called `enter_host`, to the hub under a name of its own.
 
-        Raises `AttachError` when the name is taken, the process has ended or is not in a namespace of its
-        own, or the kernel refuses; nothing is left of the attempt.
+        The link is in its state before the device can use it. Raises `AttachError` when the name is taken, the
+        process has ended or is not in a namespace of its own, or the kernel refuses; nothing is left of the
+        attempt.
         """
-        return await self._in_thread(self._attach, name, pid)
+        return await self._in_thread(self._attach, name, pid, link or Link())
 
     async def detach(self, name: str) -> None:
         """Remove a device's link. A device whose process has ended has lost it already; its name is freed.
@@ -173,23 +213,36 @@ class Hub:
         """
         await self._in_thread(self._detach, name)
 
+    async def shape(self, name: str, link: Link) -> None:
+        """Bring a device's link into a state. Raises `AttachError`."""
+        await self._in_thread(self._visit, name, lambda host, namespace: self._links.apply(host, namespace, link))
+
+    async def read(self, name: str) -> Link:
+        """The state of a device's link, read back from what shapes it. Raises `AttachError`."""
+        return await self._in_thread(self._visit, name, self._links.read)
+
     async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _open(self) -> None:
         kernel = IPRoute()
-        if not any(kernel.get_addr(index=_LOOPBACK, address=HUB_ADDRESS)):
+        try:
+            if not any(kernel.get_addr(index=_LOOPBACK, address=HUB_ADDRESS)):
+                raise NamespaceError("a Hub needs a process that has called enter_hub(); this one is on the host")
+            self._links.open()
+        except BaseException:
             kernel.close()
-            raise NamespaceError("a Hub needs a process that has called enter_hub(); this one is on the host")
+            raise
         self._kernel = kernel
 
     def _close(self) -> None:
         self._hosts.clear()
-        with suppress(NetlinkError):  # no link was left
-            self._kernel.link("del", group=_LINK_GROUP)
-        self._kernel.close()
+        try:
+            self._links.close()
+        finally:
+            self._kernel.close()
 
-    def _attach(self, name: str, pid: int) -> Host:
+    def _attach(self, name: str, pid: int, link: Link) -> Host:
         if any(host.name == name for host in self._hosts.values()):
             raise AttachError(f"a device named {name!r} is attached already")
         number = next(number for number in count(1) if number not in self._hosts)
@@ -201,75 +254,91 @@ class Hub:
             device_interface=_DEVICE_INTERFACE,
         )
         try:
-            # Open, it keeps the namespace alive while we work, even if the device dies meanwhile.
-            namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise AttachError(f"cannot attach {name!r}: process {pid} has ended ({error.strerror})") from error
-        try:
-            if os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat()):
-                raise AttachError(f"cannot attach {name!r}: process {pid} has not left the hub's namespace")
-            self._join(host, namespace)
-        except (OSError, NetlinkError) as error:
-            with suppress(NetlinkError):
-                self._kernel.link("del", ifname=host.hub_interface)
-            raise AttachError(f"cannot attach {name!r}: {_strerror(error)}") from error
-        finally:
-            os.close(namespace)
+            with _namespace_of(pid) as namespace:
+                if os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat()):
+                    raise AttachError(f"cannot attach {name!r}: process {pid} has not left the hub's namespace")
+                try:
+                    self._join(host, namespace, link)
+                except BaseException:
+                    self._links.disconnect(host)
+                    raise
+        except ProcessLookupError as error:
+            raise AttachError(f"cannot attach {name!r}: process {pid} has ended") from error
+        except (OSError, NetlinkError, BadLink) as error:
+            raise AttachError(f"cannot attach {name!r}: {_sentence(error)}") from error
         self._hosts[number] = host
         return host
 
-    def _join(self, host: Host, namespace: int) -> None:
-        hub_mac, device_mac = _mac(HUB_ADDRESS), _mac(host.address)
-        self._kernel.link(
-            "add",
-            kind="veth",
-            ifname=host.hub_interface,
-            ifalias=host.name,
-            address=hub_mac,
-            mtu=MTU,
-            group=_LINK_GROUP,
-            peer={
-                "ifname": host.device_interface,
-                "address": device_mac,
-                "mtu": MTU,
-                "net_ns_fd": namespace,
-            },
-        )
-        _configure(self._kernel, host.hub_interface, HUB_ADDRESS, host.address, device_mac)
-        with _inside(namespace), IPRoute() as device:
+    def _join(self, host: Host, namespace: int, link: Link) -> None:
+        self._links.connect(host, namespace)
+        self._links.apply(host, namespace, link)
+        self._kernel.link("set", index=socket.if_nametoindex(host.hub_interface), ifalias=host.name)
+        self._configure(self._kernel, host.hub_interface, HUB_ADDRESS, host.address)
+        with inside(namespace), IPRoute() as device:
             device.link("set", index=_LOOPBACK, state="up")
-            uplink = _configure(device, host.device_interface, host.address, HUB_ADDRESS, hub_mac)
+            uplink = self._configure(device, host.device_interface, host.address, HUB_ADDRESS)
             device.route("add", dst="default", gateway=HUB_ADDRESS, oif=uplink)
 
+    def _configure(self, kernel: Any, interface: str, address: str, peer: str) -> int:
+        """Set up one end of a link in the current namespace and return its index."""
+        index = socket.if_nametoindex(interface)
+        if Path("/proc/net/if_inet6").exists():
+            # No link-local address: its chatter would ride on the measured link.
+            inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _NO_IPV6_ADDRESS)]}
+            kernel.link("set", index=index, IFLA_AF_SPEC={"attrs": [("AF_INET6", inet6)]})
+        kernel.addr("add", index=index, local=address, address=peer, prefixlen=32)
+        if not kernel.get_links(index)[0]["flags"] & _NO_ARP:
+            # A permanent neighbour spares the first packet a round trip of ARP over the shaped link, and does
+            # not count towards the kernel's limit of 1024 neighbours, which all namespaces share.
+            peer_mac = mac_address(peer)
+            kernel.neigh("add", family=socket.AF_INET, ifindex=index, dst=peer, lladdr=peer_mac, state="permanent")
+        kernel.link("set", index=index, state="up")
+        # The route chooses the congestion control of the connections over it: a namespace's own default is
+        # limited to what the host permits there.
+        metrics = {"cc_algo": self._congestion}
+        kernel.route("replace", dst=f"{peer}/32", oif=index, prefsrc=address, scope="link", metrics=metrics)
+        return index
+
+    def _visit(self, name: str, work: Callable[[Host, int], Result]) -> Result:
+        host = self._hosts[self._number(name)]
+        try:
+            with _namespace_of(host.pid) as namespace:
+                return work(host, namespace)
+        except ProcessLookupError as error:
+            raise AttachError(f"the link of {name!r} is gone: process {host.pid} has ended") from error
+        except (OSError, NetlinkError, BadLink) as error:
+            raise AttachError(f"the link of {name!r} cannot be shaped: {_sentence(error)}") from error
+
     def _detach(self, name: str) -> None:
+        number = self._number(name)
+        try:
+            self._links.disconnect(self._hosts[number])
+        except (OSError, NetlinkError) as error:
+            raise AttachError(f"cannot detach {name!r}: {_sentence(error)}") from error
+        del self._hosts[number]
+
+    def _number(self, name: str) -> int:
         number = next((number for number, host in self._hosts.items() if host.name == name), None)
         if number is None:
             raise AttachError(f"no device named {name!r} is attached")
-        try:
-            self._kernel.link("del", ifname=self._hosts[number].hub_interface)
-        except NetlinkError as error:
-            if error.code != errno.ENODEV:
-                raise AttachError(f"cannot detach {name!r}: {_strerror(error)}") from error
-        del self._hosts[number]
-
-
-def _configure(kernel: Any, interface: str, address: str, peer: str, peer_mac: str) -> int:
-    """Set up one end of a link in the current namespace and return its index."""
-    index = socket.if_nametoindex(interface)
-    if Path("/proc/net/if_inet6").exists():
-        # No link-local address: its chatter would ride on the measured link.
-        inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _NO_IPV6_ADDRESS)]}
-        kernel.link("set", index=index, IFLA_AF_SPEC={"attrs": [("AF_INET6", inet6)]})
-    kernel.addr("add", index=index, local=address, address=peer, prefixlen=32)
-    # A permanent neighbour spares the first packet a round trip of ARP over the shaped link, and does not
-    # count towards the kernel's limit of 1024 neighbours, which all namespaces share.
-    kernel.neigh("add", family=socket.AF_INET, ifindex=index, dst=peer, lladdr=peer_mac, state="permanent")
-    kernel.link("set", index=index, state="up")
-    return index
+        return number
 
 
 @contextmanager
-def _inside(namespace: int) -> Iterator[None]:
+def _namespace_of(pid: int) -> Iterator[int]:
+    """The network namespace of a process, kept open; raises ``ProcessLookupError`` when it has ended."""
+    try:
+        namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from error
+    try:
+        yield namespace
+    finally:
+        os.close(namespace)
+
+
+@contextmanager
+def inside(namespace: int) -> Iterator[None]:
     """Move this thread into a namespace and back; the thread's sockets stay where they were opened."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -310,7 +379,7 @@ def _explain(what: str, error: OSError | NetlinkError) -> str:
             "usually a container without CAP_SYS_ADMIN or with a seccomp profile forbids it:"
             " run on the host, or in a privileged container"
         )
-    return f"{what} cannot have a network namespace ({_strerror(error)}); {cause}"
+    return f"{what} cannot have a network namespace ({_sentence(error)}); {cause}"
 
 
 def _read_setting(setting: str) -> str | None:
@@ -320,8 +389,10 @@ def _read_setting(setting: str) -> str | None:
         return None
 
 
-def _strerror(error: OSError | NetlinkError) -> str:
-    return os.strerror(error.code) if isinstance(error, NetlinkError) else str(error.strerror)
+def _sentence(error: OSError | NetlinkError | BadLink) -> str:
+    if isinstance(error, NetlinkError):
+        return os.strerror(error.code)
+    return str(error.strerror) if isinstance(error, OSError) else str(error)
 
 
 def _device_address(number: int) -> str:
@@ -329,7 +400,7 @@ def _device_address(number: int) -> str:
     return f"10.83.{1 + high}.{1 + low}"
 
 
-def _mac(address: str) -> str:
+def mac_address(address: str) -> str:
     return "02:00:" + ":".join(f"{int(byte):02x}" for byte in address.split("."))
 
 

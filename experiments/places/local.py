@@ -16,6 +16,7 @@ from edge_node.node import EdgeSettings
 from experiments.forkserver import Exit, ForkServer, ForkServerError
 from experiments.places import Placed, PlaceFailed
 from netem.hosts import HUB_ADDRESS, AttachError, Hub, NamespaceError
+from netem.kernel import PlainLinks
 from node.settings import NodeSettings
 
 
@@ -28,7 +29,7 @@ class LocalPlace:
         self._devices = devices
         self._logs = logs
         self._stack = AsyncExitStack()
-        self._hub = Hub()
+        self._hub = Hub(PlainLinks())
         self._broker = LocalBroker(hosts=[edge.host], port=edge.port, directory=logs, implementation=implementation)
         self._servers = {
             "edge": ForkServer("edge_node.process", warm={}, log=logs / "edge-server.log", own_network=False),

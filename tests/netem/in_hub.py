@@ -27,6 +27,7 @@ from netem.hosts import (
     enter_hub,
     wait_for_link,
 )
+from netem.kernel import PlainLinks
 
 namespaces: Final[set[int]] = set()
 
@@ -93,7 +94,8 @@ async def reach() -> Any:
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen = writer.get_extra_info("peername")[0]
-        writer.write(seen.encode() + b" " + await reader.readline())
+        congestion = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        writer.write(seen.encode() + b" " + congestion.rstrip(b"\0") + b" " + await reader.readline())
         await writer.drain()
         writer.close()
 
@@ -104,8 +106,10 @@ async def reach() -> Any:
         with socket.create_connection((HUB_ADDRESS, 1883), timeout=5) as connection:
             connection.sendall(b"hello\n")
             answer = connection.makefile().readline()
+            congestion = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         return {
             "answer": answer.strip(),
+            "congestion": congestion.rstrip(b"\0").decode(),
             "ping_ms": ping(HUB_ADDRESS),
             "interfaces": interfaces(),
             "ipv6": ipv6_addresses("uplink"),
@@ -115,7 +119,7 @@ async def reach() -> Any:
         }
 
     devices = [Device(), Device(explore)]
-    async with server, Hub() as hub:
+    async with server, Hub(PlainLinks(), congestion="reno") as hub:
         hosts = [await hub.attach(f"device-{number}", device.pid) for number, device in enumerate(devices)]
         result = await devices[1].result()
         assert hub.hosts == tuple(hosts)
@@ -128,7 +132,7 @@ async def fifty() -> Any:
     """Fifty devices with long names at once."""
     devices = [Device() for _ in range(50)]
     name = "a device with a name that no interface could have, number {}".format
-    async with Hub() as hub:
+    async with Hub(PlainLinks()) as hub:
         start = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
             attaching = [
@@ -156,7 +160,7 @@ async def fifty() -> Any:
 async def device_dies() -> Any:
     """A device's death takes its link away; its name can be used again."""
     first, second = Device(), Device()
-    async with Hub() as hub:
+    async with Hub(PlainLinks()) as hub:
         await hub.attach("phone", first.pid)
         first.kill()
         for _ in range(500):  # the kernel takes namespaces down in the background
@@ -174,7 +178,7 @@ async def failing_body() -> Any:
     """An exception in the body removes the links."""
     device = Device()
     try:
-        async with Hub() as hub:
+        async with Hub(PlainLinks()) as hub:
             await hub.attach("phone", device.pid)
             raise ZeroDivisionError
     except ZeroDivisionError:
@@ -185,17 +189,17 @@ async def failing_body() -> Any:
 
 async def wrong_attachments() -> Any:
     """What attach and detach say when they cannot."""
-    device, dead = Device(), Device()
+    device, other, dead = Device(), Device(), Device()
     dead.kill()
     sentences = []
-    async with Hub() as hub:
+    async with Hub(PlainLinks()) as hub:
         await hub.attach("phone", device.pid)
         for attempt in (
             hub.attach("phone", device.pid),
             hub.attach("dead", dead.pid),
             hub.attach("runner", os.getpid()),
             hub.attach("again", device.pid),
-            hub.attach("x" * 300, device.pid),
+            hub.attach("x" * 300, other.pid),
             hub.detach("nobody"),
         ):
             try:
@@ -204,6 +208,7 @@ async def wrong_attachments() -> Any:
                 sentences.append(str(error))
         left = interfaces()
     device.kill()
+    other.kill()
     return {"sentences": sentences, "left": left}
 
 
@@ -232,7 +237,7 @@ def refused() -> Any:
 async def on_the_host() -> Any:
     """A Hub in a process that is still on the host's network."""
     try:
-        async with Hub():
+        async with Hub(PlainLinks()):
             pass
     except NamespaceError as error:
         return str(error)

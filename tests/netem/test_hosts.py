@@ -79,7 +79,8 @@ def host_address() -> str:
 
 def check_reach(result: dict[str, Any]) -> None:
     assert result["address"] == "10.83.1.2"
-    assert result["answer"] == "10.83.1.2 hello"
+    assert result["answer"] == "10.83.1.2 reno hello"
+    assert result["congestion"] == "reno"
     assert 0 < result["ping_ms"] < 100
     assert result["interfaces"] == ["lo", "uplink"]
     assert result["ipv6"] == 0

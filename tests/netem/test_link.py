@@ -1,0 +1,129 @@
+"""Link states: units as tc users write them, what is impossible, and the derived queue."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netem.link import (
+    MTU,
+    BadLink,
+    Duration,
+    Link,
+    LinkState,
+    Probability,
+    Rate,
+    decode_quantity,
+    encode_quantity,
+    quantity_schema,
+)
+
+
+def read(state: dict[str, Any]) -> LinkState:
+    return msgspec.convert({"up": state}, Link, dec_hook=decode_quantity).up
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("20mbit", 20e6),
+        ("1.5Mbit", 1.5e6),
+        ("100 kbit", 1e5),
+        ("1kibit", 1024),
+        ("1gbit", 1e9),
+        ("9600bit", 9600),
+        ("10kbps", 80e3),
+    ],
+)
+def test_rates_as_tc_writes_them(text: str, bits: float) -> None:
+    assert Rate(text) == bits
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("50ms", 0.05), ("1.5s", 1.5), ("300us", 3e-4), ("2msecs", 0.002)])
+def test_times_as_tc_writes_them(text: str, seconds: float) -> None:
+    assert Duration(text) == pytest.approx(seconds)
+
+
+@given(st.floats(8, 1e12))
+def test_a_rate_is_read_back_as_it_is_written(bits: float) -> None:
+    assert Rate(str(Rate(bits))) == pytest.approx(bits, rel=1e-5)
+
+
+@given(st.floats(0, 3600))
+def test_a_time_is_read_back_as_it_is_written(seconds: float) -> None:
+    assert Duration(str(Duration(seconds))) == pytest.approx(seconds, rel=1e-5, abs=1e-12)
+
+
+@given(st.floats(0, 1))
+def test_a_probability_is_read_back_as_it_is_written(part: float) -> None:
+    assert Probability(str(Probability(part))) == pytest.approx(part, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({"rate": "20"}, "'20' is no rate: write it like 20mbit, with one of bit, kbit"),
+        ({"rate": "20ms"}, "'20ms' is no rate"),
+        ({"rate": "0mbit"}, "a rate is at least 8bit, not 0"),
+        ({"rate": True}, "True is no rate: write it like 20mbit"),
+        ({"delay": "-5ms"}, "'-5ms' is no time: write it like 50ms"),
+        ({"delay": 4000}, "a time on a link is from 0s to 3600s, not 4000s"),
+        ({"delay": float("nan")}, "a time on a link is from 0s to 3600s"),
+        ({"loss": 1}, "a probability of 1 may be meant as 1% or as 100%: write the %"),
+        ({"loss": "120%"}, "a probability is from 0% to 100%, not 120%"),
+        ({"loss": [1]}, "[1] is no probability: write it like 1%"),
+        ({"jitter": "1ms"}, "a jitter of 1ms around a delay of 0ms would have packets arrive before they are sent"),
+        ({"reorder": "1%"}, "reordering lets packets skip the delay, so it needs one"),
+        (
+            {"loss": "1%", "bursts": {"model": "gilbert-elliott", "to_bad": "1%", "to_good": "10%"}},
+            "two models of the same losses",
+        ),
+        ({"loss_correlation": "1%"}, "`loss_correlation` needs a `loss`"),
+        ({"delay_correlation": "1%"}, "`delay_correlation` needs a `jitter`"),
+        ({"limit": 0}, "a queue holds at least 1 packet, not 0"),
+        ({"bursts": {"model": "five-state"}}, "Invalid value 'five-state'"),
+        ({"speed": "1mbit"}, "Object contains unknown field `speed`"),
+    ],
+)
+def test_what_is_wrong_or_impossible_gets_one_sentence(state: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(msgspec.ValidationError) as caught:
+        read(state)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_survives_its_file() -> None:
+    link = msgspec.convert(
+        {
+            "up": {"rate": "5mbit", "delay": "20ms", "jitter": "2ms", "distribution": "pareto", "loss": "0.5%"},
+            "down": {"bursts": {"model": "four-state", "p13": "1%", "p31": "20%"}, "limit": 50},
+        },
+        Link,
+        dec_hook=decode_quantity,
+    )
+    written = msgspec.to_builtins(link, enc_hook=encode_quantity)
+    assert msgspec.convert(written, Link, dec_hook=decode_quantity) == link
+    assert written["up"]["rate"] == "5mbit"
+
+
+def test_the_schema_says_what_a_quantity_looks_like() -> None:
+    state = msgspec.json.schema(Link, schema_hook=quantity_schema)["$defs"]["LinkState"]["properties"]
+    assert state["delay"] == {"type": ["string", "number"], "description": "a time, such as 50ms"}
+
+
+@given(st.floats(1e4, 1e10), st.floats(0, 2))
+def test_the_queue_holds_what_is_on_its_way(rate: float, delay: float) -> None:
+    state = LinkState(rate=Rate(rate), delay=Duration(delay))
+    assert state.queue * MTU * 8 >= rate * delay
+    assert state.queue >= 64
+
+
+def test_a_given_limit_is_the_queue() -> None:
+    assert LinkState(limit=7).queue == 7
+
+
+def test_a_wrong_quantity_in_code_raises() -> None:
+    with pytest.raises(BadLink, match="'fast' is no rate"):
+        Rate("fast")
