@@ -22,6 +22,7 @@ MAX_PAYLOAD = 16 * 1024 * 1024
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,31}(?!\n)$")]
 Identifier = Annotated[str, Meta(min_length=1, max_length=96)]
 Prompt = Annotated[str, Meta(max_length=2000)]
+Blend = Annotated[tuple[Prompt, ...], Meta(min_length=2, max_length=64)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Step = Annotated[int, Meta(ge=0, le=1000)]
 Amount = Annotated[float, Meta(ge=0)]  # no NaN either
@@ -33,11 +34,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """Denoising steps [start, stop) of one prompt with one model on one node."""
+    """Denoising steps [start, stop) of one prompt with one model on one node.
+
+    Several prompts mean the mean of their conditionings, summed in the order in which they stand.
+    """
 
     node: Name
     model: Identifier
-    prompt: Prompt
+    prompt: Prompt | Blend
     start: Step
     stop: Step
 

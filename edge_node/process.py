@@ -15,7 +15,7 @@ from node.worker import make_worker, warm_up
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder, load_sentence_encoder
-from semct.public_prompt import LanguageModelWriter, MedoidWriter, RandomMemberWriter, Writer
+from semct.public_prompt import LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
 from semct.quality import load_quality_model
 
 _REHEARSAL = [["a cat on a beach", "a dog on a beach"]]
@@ -55,8 +55,10 @@ def main(arguments: dict[str, Any]) -> int:
 
 
 def _writer(name: str, encoder: SentenceEncoder) -> Writer:
-    """Who words public prompts: a member's prompt by rule, or a language model by name."""
+    """Who words public prompts: a rule, or a language model by name."""
     match name:
+        case "mean":
+            return MeanWriter(encoder)
         case "medoid":
             return MedoidWriter(encoder)
         case "random":

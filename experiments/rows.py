@@ -11,7 +11,7 @@ from experiments.record import NodeRow, RequestRow
 from experiments.scenario import Radio, Scenario
 from experiments.served import Served
 from semct.cost import Network, NodeState, Outcome, Weights, device_only, utility
-from semct.routes import Plan, shared_steps
+from semct.routes import Plan, shared_steps, wording
 
 
 def request_rows(
@@ -135,7 +135,7 @@ def _row(
         outcome=result.outcome if result else "unanswered",
         reason=result.reason if result else served.reasons.get(request, ""),
         cluster=index,
-        public_prompt=cluster.public_prompt if cluster else None,
+        public_prompt=wording(cluster.public_prompt) if cluster else None,
         public_source=cluster.source if cluster else None,
         similarity=cluster.similarity[cluster.members.index(request)] if cluster else None,
         shared_steps=shared,

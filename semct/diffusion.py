@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from semct.prompts import SentenceEncoder, load_sentence_encoder
+from semct.routes import Prompt
 
 EMBEDDED = "embedded"
 """The name of the small model that comes with the package."""
@@ -30,6 +31,7 @@ EMBEDDED = "embedded"
 ASSETS = Path(__file__).parent / "assets"
 
 _PROMPTS_KEPT = 1024
+_BLENDS_KEPT = 128
 
 
 class ModelNotFound(ValueError):
@@ -95,6 +97,7 @@ class Denoiser:
         self._scheduler = pipeline.scheduler
         self._images = pipeline.image_processor
         self._encode = functools.lru_cache(maxsize=_PROMPTS_KEPT)(text)
+        self._blend = functools.lru_cache(maxsize=_BLENDS_KEPT)(self._mean)
 
     @classmethod
     def load(cls, model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
@@ -133,13 +136,14 @@ class Denoiser:
         return config.in_channels, config.sample_size, config.sample_size
 
     @torch.inference_mode()
-    def encode(self, prompt: str) -> Conditioning:
-        """The conditioning of one prompt; the most recent ones are remembered."""
-        return self._encode(prompt)
+    def encode(self, prompt: Prompt) -> Conditioning:
+        """The conditioning of one prompt, or the mean of those of a blend; the most recent prompts' are remembered."""
+        return self._encode(prompt) if isinstance(prompt, str) else self._blend(prompt)
 
     def forget(self) -> None:
         """Forget the prompts that were encoded, so that the next round pays for its own."""
         self._encode.cache_clear()
+        self._blend.cache_clear()
         self.encode("")
 
     def noise(self, seed: int) -> Tensor:
@@ -171,7 +175,9 @@ class Denoiser:
         velocity = self._velocity(x, levels[:, 0], conditionings)
         return list(x + (levels[:, 1] - levels[:, 0]).view(-1, 1, 1, 1) * velocity)
 
-    def run(self, latents: Sequence[Tensor], start: int, stop: int, steps: int, prompts: Sequence[str]) -> list[Tensor]:
+    def run(
+        self, latents: Sequence[Tensor], start: int, stop: int, steps: int, prompts: Sequence[Prompt]
+    ) -> list[Tensor]:
         """Steps [start, stop) of ``steps`` on rows that keep pace with each other, one prompt per row."""
         conditionings = [self.encode(prompt) for prompt in prompts]
         rows = list(latents)
@@ -202,6 +208,11 @@ class Denoiser:
         with FlopCounterMode(display=False) as counter:
             self.decode([self.noise(0)])
         return int(counter.get_total_flops())
+
+    def _mean(self, prompts: tuple[str, ...]) -> Conditioning:
+        each = [self._encode(prompt) for prompt in prompts]
+        tokens, pooled = (torch.stack(parts).mean(dim=0) for parts in zip(*each, strict=True))
+        return Conditioning(tokens, pooled)
 
     def _velocity(self, x: Tensor, level: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
         device, dtype = self._transformer.device, self._transformer.dtype

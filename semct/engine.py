@@ -19,7 +19,7 @@ from torch import Tensor
 
 from semct.compute import Cost, Processor
 from semct.diffusion import Denoiser
-from semct.routes import Segment
+from semct.routes import Prompt, Segment
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +93,7 @@ class _Rider:
 class _Track:
     key: tuple[Hashable, ...]
     model: str
-    prompt: str
+    prompt: Prompt
     step: int
     steps: int
     group: Hashable

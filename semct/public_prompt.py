@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from semct.clustering import medoid
+from semct.routes import Prompt, blend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,10 +36,11 @@ SMOLLM2 = "smollm2"
 
 Vectors: TypeAlias = "NDArray[np.float32]"
 
-Source = Literal["llm", "extract", "medoid", "member"]
+Source = Literal["llm", "extract", "medoid", "member", "mean"]
 """Who wrote a public prompt: the language model; nobody, it is the wording that members share; the most
-central member; another member."""
+central member; another member; nobody, it has no words and is the mean of the members' conditionings."""
 
+_EQUAL = 1e-6  # cosines of float32 embeddings differ by that much for nothing
 _LONGEST_COMPLETION = 16  # tokens
 _ENOUGH = 0.75  # of the completions have ended: those still going on are rambling
 _LONGEST_LIST = 12  # prompts that the model reads of one cluster
@@ -83,16 +85,23 @@ class PublicPrompt(msgspec.Struct, frozen=True):
     """The prompt of a cluster's shared inference.
 
     Attributes:
-        text: The prompt.
+        text: The prompt, or the prompts whose mean it is.
         source: Who wrote it.
         similarity: Mean cosine to the cluster's personal prompts.
         candidates: How many different prompts it was chosen from.
+        below_medoid: Whether the most central member's prompt has a higher mean cosine.
     """
 
-    text: str
+    text: Prompt
     source: Source
     similarity: float
     candidates: int
+    below_medoid: bool = False
+
+    @property
+    def credit(self) -> str:
+        """The source as the record gives it."""
+        return f"{self.source}, below its medoid" if self.below_medoid else self.source
 
 
 class Encoder(Protocol):
@@ -147,6 +156,22 @@ class MedoidWriter:
     def _medoid(self, members: Sequence[str]) -> PublicPrompt:
         vectors = self._encoder.embed(members)
         return _of_member(members, vectors, medoid(vectors), "medoid")
+
+
+class MeanWriter:
+    """Does without words: the shared steps run on the mean of the members' conditionings."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:  # noqa: ARG002
+        """Return the mean of each cluster's prompts; there is no chance in it."""
+        return [self._mean(members) for members in clusters]
+
+    def _mean(self, members: Sequence[str]) -> PublicPrompt:
+        text = blend(members)
+        similarity = (self._encoder.embed(members) @ embed_prompts(self._encoder, [text]).T).mean()
+        return PublicPrompt(text, "mean" if isinstance(text, tuple) else "member", float(similarity), 1)
 
 
 class LanguageModelWriter:
@@ -235,7 +260,9 @@ class LanguageModelWriter:
             others = [prompt != members[central] for prompt in members]
             scores[-1] = cosines[-1, others].mean()
         best = int(np.argmax(scores))
-        return PublicPrompt(texts[best], sources[texts[best]], float(cosines[best].mean()), len(texts))
+        means = cosines.mean(axis=1)
+        below = bool(means[best] < means[texts.index(members[central])] - _EQUAL)
+        return PublicPrompt(texts[best], sources[texts[best]], float(means[best]), len(texts), below)
 
     @torch.inference_mode()
     def _complete(self, clusters: Sequence[tuple[Sequence[str], Vectors]], seed: int) -> list[list[str]]:
@@ -318,6 +345,13 @@ class LanguageModelWriter:
                 if len(self._tokenizer.decode(token).strip()) >= min(3, len(word)):
                     begins[stem in single].add(token)
         return sorted(begins[True] - begins[False])
+
+
+def embed_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Vectors:
+    """Return the unit vectors of prompts, float32 (n, d); a blend's is the mean of its prompts' at unit length."""
+    words = [[p] if isinstance(p, str) else list(p) for p in prompts]
+    means = [encoder.embed(w).mean(axis=0) for w in words]
+    return np.stack([m / np.linalg.norm(m) for m in means]) if means else encoder.embed([])
 
 
 def shared_wording(members: Sequence[str]) -> list[str]:

@@ -12,6 +12,15 @@ from itertools import pairwise
 
 import msgspec
 
+MOST_BLENDED = 64
+"""Prompts of a blend; a route on the wire stays small with that many."""
+
+Prompt = str | tuple[str, ...]
+"""What conditions denoising: a prompt in words, or a *blend*, the mean of several prompts' conditionings.
+
+A blend is a tuple as ``blend`` makes it: equal blends are equal tuples, so that their steps are shared.
+"""
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One user's wish: a personal prompt, to be denoised in ``steps`` steps from the noise of ``seed``."""
@@ -28,7 +37,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     model: str
-    prompt: str
+    prompt: Prompt
     start: int
     stop: int
 
@@ -63,7 +72,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     members: tuple[str, ...]
-    public_prompt: str
+    public_prompt: Prompt
     source: str
     similarity: tuple[float, ...]
     share: float
@@ -90,7 +99,24 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return next((c.share for c in self.clusters if request in c.members), 1.0)
 
 
-def route(request: Request, *spans: tuple[str, str, str, int]) -> Route:
+def blend(prompts: Sequence[str]) -> Prompt:
+    """The mean of prompts, each as often as it stands here; one and the same prompt is its own mean.
+
+    Of more than ``MOST_BLENDED`` it takes that many, evenly spaced in alphabetical order.
+    """
+    ordered = sorted(prompts)
+    if len(set(ordered)) == 1:
+        return ordered[0]
+    taken = min(len(ordered), MOST_BLENDED)
+    return tuple(ordered[i * len(ordered) // taken] for i in range(taken))
+
+
+def wording(prompt: Prompt) -> str:
+    """A prompt as people read it."""
+    return prompt if isinstance(prompt, str) else f"mean of: {'; '.join(prompt)}"
+
+
+def route(request: Request, *spans: tuple[str, str, Prompt, int]) -> Route:
     """A route from (node, model, prompt, steps) spans laid end to end; empty spans vanish, twins merge."""
     segments: list[Segment] = []
     position = 0

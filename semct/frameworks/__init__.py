@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from semct.cost import Network, Weights
 from semct.planner import two_tier
 from semct.prompts import SentenceEncoder
-from semct.public_prompt import PublicPrompt, Writer
+from semct.public_prompt import PublicPrompt, Writer, embed_prompts
 from semct.quality import QualityModel
 from semct.routes import Plan, Request
 
@@ -77,7 +77,9 @@ class Batch:
 
     def similarity(self, groups: Sequence[Sequence[int]], public: Sequence[PublicPrompt]) -> list[NDArray[np.float64]]:
         """The cosine (members,) of each member's prompt to its group's public prompt, group by group."""
-        vectors, targets = self.embed(self.prompts), self.embed([p.text for p in public])
+        vectors = self.embed(self.prompts)
+        with self.timed("embed"):
+            targets = embed_prompts(self.encoder, [p.text for p in public])
         return [np.clip(vectors[list(g)] @ targets[m], -1, 1).astype(np.float64) for m, g in enumerate(groups)]
 
     def plan(

@@ -76,7 +76,7 @@ def plan(
             Cluster(
                 members=tuple(r.id for r in cluster),
                 public_prompt=prompt,
-                source=public[m].source,
+                source=public[m].credit,
                 similarity=tuple(float(s) for s in similarity[m]),
                 share=float(share[m]),
             )

@@ -31,8 +31,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911, PLR0912
             return st.builds(cls, **{field.name: values(field.type) for field in fields})
         case inspect.UnionType(types=members):
             return st.one_of(*map(values, members))
-        case inspect.VarTupleType(item_type=item):
-            return st.lists(values(item), max_size=3).map(tuple)
+        case inspect.VarTupleType(item_type=item, min_length=shortest):
+            return st.lists(values(item), min_size=shortest or 0, max_size=3).map(tuple)
         case inspect.DictType(key_type=key, value_type=value):
             return st.dictionaries(values(key), values(value), max_size=3)
         case inspect.LiteralType(values=literals):

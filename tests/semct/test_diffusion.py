@@ -102,3 +102,13 @@ def test_half_precision_runs_the_same_code(tiny_folder: Path, tiny: Denoiser, dt
     (exact,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, ["a cat"])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1)
+
+
+def test_a_blend_is_conditioned_on_the_mean_of_its_prompts(tiny: Denoiser) -> None:
+    a, b, both = tiny.encode("a cat"), tiny.encode("a red car at night"), tiny.encode(("a cat", "a red car at night"))
+    torch.testing.assert_close(both.tokens, (a.tokens + b.tokens) / 2)
+    torch.testing.assert_close(both.pooled, (a.pooled + b.pooled) / 2)
+    assert tiny.encode(("a cat", "a red car at night")) is both
+    (blended,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, [("a cat", "a cat")])
+    (alone,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, ["a cat"])
+    torch.testing.assert_close(blended, alone)

@@ -17,10 +17,12 @@ from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import (
     LanguageModelError,
     LanguageModelWriter,
+    MeanWriter,
     MedoidWriter,
     PublicPrompt,
     RandomMemberWriter,
     Writer,
+    embed_prompts,
     leaks,
     prepare,
     shared_wording,
@@ -185,6 +187,31 @@ def test_members_prompts(kind: type[RandomMemberWriter | MedoidWriter], encoder:
 def test_every_member_may_be_drawn(encoder: SentenceEncoder) -> None:
     writer = RandomMemberWriter(encoder)
     assert {writer.write([SNOW], seed)[0].text for seed in range(12)} == set(SNOW)
+
+
+def test_a_mean_has_no_words_and_is_closer_than_any_member(encoder: SentenceEncoder) -> None:
+    clusters: list[list[str]] = [SNOW, CATS, ["a tent", "a tent"]]
+    means = MeanWriter(encoder).write(clusters, seed=0)
+    assert [m.text for m in means] == [tuple(sorted(SNOW)), tuple(sorted(CATS)), "a tent"]
+    assert [m.source for m in means] == ["mean", "mean", "member"]
+    medoids = MedoidWriter(encoder).write(clusters, seed=0)
+    assert all(a.similarity >= b.similarity - 1e-6 for a, b in zip(means, medoids, strict=True))
+    vectors = embed_prompts(encoder, [m.text for m in means])
+    assert [float((v * v).sum()) for v in vectors] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert means[0].similarity == pytest.approx(float((encoder.embed(SNOW) @ vectors[0]).mean()), abs=1e-5)
+    assert len(embed_prompts(encoder, [])) == 0
+
+
+def test_a_prompt_below_its_medoid_says_so(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LanguageModelWriter(None, None, encoder)
+    vague = "some animal in a snowy place"
+    monkeypatch.setattr(writer, "_complete", lambda *_: [[vague]])
+    monkeypatch.setattr(public_prompt, "shared_wording", lambda _: [])
+    found = writer.write([SNOW], seed=0)[0]
+    medoid = MedoidWriter(encoder).write([SNOW], seed=0)[0]
+    assert found.text == vague
+    assert found.similarity < medoid.similarity
+    assert (found.credit, medoid.credit) == ("llm, below its medoid", "medoid")
 
 
 def test_the_medoid_is_at_least_as_similar_as_any_member(encoder: SentenceEncoder) -> None:

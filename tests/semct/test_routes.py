@@ -3,13 +3,26 @@
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from random import Random
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semct.routes import Cluster, Plan, Request, Route, Segment, route, shared_steps, steps_by_node
+from semct.routes import (
+    MOST_BLENDED,
+    Cluster,
+    Plan,
+    Request,
+    Route,
+    Segment,
+    blend,
+    route,
+    shared_steps,
+    steps_by_node,
+    wording,
+)
 
 Span = tuple[str, str, str, int]
 
@@ -117,3 +130,23 @@ def test_a_plan_knows_a_requests_share() -> None:
     plan = Plan(clusters=(cluster,), routes=())
     assert plan.share("a") == 0.25
     assert plan.share("somebody else") == 1.0
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=200), st.randoms())
+def test_a_blend_is_the_same_in_any_order(prompts: list[str], chance: Random) -> None:
+    made = blend(prompts)
+    chance.shuffle(prompts)
+    assert blend(prompts) == made
+    assert (made in prompts) if len(set(prompts)) == 1 else (2 <= len(made) <= MOST_BLENDED and set(made) <= {*prompts})
+    if len(prompts) <= MOST_BLENDED and len(set(prompts)) > 1:
+        assert sorted(made) == sorted(prompts)
+
+
+def test_steps_of_equal_blends_are_shared_and_read_as_their_prompts() -> None:
+    ab, ba = blend(["a", "b"]), blend(["b", "a"])
+    spans = {"x": ab, "y": ba, "z": blend(["a", "c"])}
+    routes = [route(request(n, 6), ("edge", "m", p, 4), ("d1", "m", n, 2)) for n, p in spans.items()]
+    assert shared_steps(routes) == {"x": 4, "y": 4, "z": 0}
+    assert wording(ab) == "mean of: a; b"
+    assert wording("a") == "a"
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(routes[0]), type=Route) == routes[0]
