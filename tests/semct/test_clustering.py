@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist
 
 from semct.clustering import (
     Partition,
     alone,
     by_entity,
+    cosine_distances,
     dendrogram,
     main_entity,
     mean_similarity,
@@ -164,3 +166,34 @@ def test_prompts_about_one_entity_share_a_cluster() -> None:
 @given(st.lists(st.text(max_size=40), max_size=6))
 def test_any_text_has_an_entity(prompts: list[str]) -> None:
     assert_partition(by_entity(prompts), len(prompts))
+
+
+@given(embeddings())
+def test_average_linkage_merges_the_closest_pair_of_clusters_every_time(vectors: NDArray[np.float64]) -> None:
+    """By the definition, in cubic time: duplicates count as often as they stand in the batch."""
+    tree = dendrogram(vectors)
+    cosines = vectors @ vectors.T
+    clusters = {i: [i] for i in range(len(vectors))}
+    for i, merge in enumerate(tree.merges):
+        pairs = {(a, b): cosines[np.ix_(clusters[a], clusters[b])].mean() for a in clusters for b in clusters if a < b}
+        assert merge.similarity == pytest.approx(max(pairs.values()), abs=1e-9)
+        assert pairs[min(merge.left, merge.right), max(merge.left, merge.right)] == pytest.approx(
+            merge.similarity, abs=1e-9
+        )
+        clusters[len(vectors) + i] = clusters.pop(merge.left) + clusters.pop(merge.right)
+    assert len(clusters) == 1
+
+
+def test_a_hundred_thousand_users_with_few_different_prompts_are_clustered() -> None:
+    """Only different prompts cost quadratic memory."""
+    rng = np.random.default_rng(0)
+    different = unit(rng.normal(size=(40, 16)))
+    chosen = rng.integers(40, size=100_000)
+    partition = semantic(different[chosen].astype(np.float32), 5)
+    assert_partition(partition, 100_000)
+    assert len(partition) == 5
+
+
+@given(embeddings())
+def test_cosine_distances_are_scipys(vectors: NDArray[np.float64]) -> None:
+    assert cosine_distances(3 * vectors) == pytest.approx(pdist(vectors, "cosine"), abs=1e-12)
