@@ -33,7 +33,7 @@ def main(arguments: dict[str, Any]) -> int:
     denoiser = Denoiser.load(settings.model)
     warm_up(denoiser)
     encoder = load_sentence_encoder()
-    writer = _writer(settings.writer, encoder)
+    writer = load_writer(settings.writer, encoder)
     writer.write(_REHEARSAL, 0)
     by_entity(_REHEARSAL[0])  # its tagger loads on first use
     worker = make_worker(settings, denoiser)
@@ -54,7 +54,7 @@ def main(arguments: dict[str, Any]) -> int:
     return 0
 
 
-def _writer(name: str, encoder: SentenceEncoder) -> Writer:
+def load_writer(name: str, encoder: SentenceEncoder) -> Writer:
     """Who words public prompts: a rule, or a language model by name."""
     match name:
         case "mean":

@@ -86,6 +86,36 @@ def run(
         _give_up(failure)
 
 
+@app.command()
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="A scenario file (YAML); see experiments/scenarios/.")],
+    users: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Another number of users than the scenario's.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Another number of repetitions than the scenario's.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where the folder with tables goes.")] = Path("runs"),
+) -> None:
+    """Plan a scenario as its edge would, and print what the models predict: no nodes, up to 100,000 users."""
+    from experiments.simulation import SimulationFailed, play  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
+    from semct.quality import QualityModelError  # noqa: PLC0415
+
+    try:
+        play(scenario, Console(), users=users, repetitions=seeds, runs=runs)
+    except (
+        BadScenario,
+        LanguageModelError,
+        OSError,
+        QualityModelError,
+        SimulationFailed,
+        UnknownFramework,
+        UnknownProfile,
+    ) as error:
+        _give_up(error)
+
+
 @app.command("frameworks")
 def list_frameworks() -> None:
     """List the inference frameworks that a scenario can name."""

@@ -175,6 +175,31 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     dirty: bool
 
 
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """What a result came from: versions of the libraries, kernel, machine, and the commit of the code."""
+
+    versions: dict[str, str]
+    kernel: str
+    hardware: Hardware
+    commit: Commit | None
+
+
+def provenance() -> Provenance:
+    """What is computing here and now."""
+    return Provenance(
+        versions=_versions(),
+        kernel=f"{platform.system()} {platform.release()}",
+        hardware=_hardware(),
+        commit=_commit(Path(__file__).resolve().parent.parent),
+    )
+
+
+def new_folder(root: Path, name: str, now: datetime) -> Path:
+    """A path below ``root``, named by time, name and six random digits."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64]
+    return root / f"{now:%Y%m%dT%H%M%SZ}-{safe}-{secrets.token_hex(3)}"
+
+
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """``run.json``: how a run stands, what was asked of it, and what it ran on.
 
@@ -222,17 +247,8 @@ class RunFolder:
     def create(cls, root: Path, scenario_name: str) -> RunFolder:
         """A new run below ``root``, named by time, scenario and six random digits."""
         now = datetime.now(UTC)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", scenario_name)[:64]
-        path = root / f"{now:%Y%m%dT%H%M%SZ}-{name}-{secrets.token_hex(3)}"
-        info = RunInfo(
-            started=now,
-            scenario=scenario_name,
-            versions=_versions(),
-            kernel=f"{platform.system()} {platform.release()}",
-            hardware=_hardware(),
-            commit=_commit(Path(__file__).resolve().parent.parent),
-        )
-        return cls(path, info)
+        info = RunInfo(started=now, scenario=scenario_name, **msgspec.structs.asdict(provenance()))
+        return cls(new_folder(root, scenario_name, now), info)
 
     @property
     def logs(self) -> Path:

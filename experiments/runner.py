@@ -93,7 +93,7 @@ class Runner:
             framework=framework,
             repetition=repetition,
             seed=scenario.seed + repetition,
-            prompts=dict(zip(devices, self._drawn(repetition), strict=True)),
+            prompts=dict(zip(devices, drawn_prompts(self._scenario, self._prompts, repetition), strict=True)),
             devices=devices,
         )
         await self._ask(served)
@@ -145,12 +145,6 @@ class Runner:
         async with asyncio.TaskGroup() as tasks:
             for node in sorted(nodes):
                 tasks.create_task(self._session.publish(self._session.topics.inbox(node, "control"), message))
-
-    def _drawn(self, repetition: int) -> list[str]:
-        prompts = list(self._prompts)
-        if self._scenario.prompts.shuffle:
-            random.Random(f"{self._scenario.seed}/{repetition}").shuffle(prompts)  # noqa: S311  no secret
-        return [prompts[i % len(prompts)] for i in range(len(self.devices))]
 
     async def _wait(self, settled: Callable[[], bool], seconds: float) -> None:
         """Until ``settled`` or out of time; asked at every message, and twice a second for what sends none."""
@@ -298,6 +292,14 @@ async def _keep(
         device_memory_mib=tuple(memory[d] for d in sorted(served.devices.values()) if d in memory),
     )
     return found
+
+
+def drawn_prompts(scenario: Scenario, prompts: Sequence[str], repetition: int) -> list[str]:
+    """What each user asks for in a repetition, device by device."""
+    drawn = list(prompts)
+    if scenario.prompts.shuffle:
+        random.Random(f"{scenario.seed}/{repetition}").shuffle(drawn)  # noqa: S311  no secret
+    return [drawn[i % len(drawn)] for i in range(scenario.users)]
 
 
 def device_settings(scenario: Scenario) -> list[DeviceSettings]:
