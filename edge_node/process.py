@@ -15,7 +15,7 @@ from node.worker import make_worker, warm_up
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder, load_sentence_encoder
-from semct.public_prompt import LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
+from semct.public_prompt import SMOLLM2, LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
 from semct.quality import load_quality_model
 
 _REHEARSAL = [["a cat on a beach", "a dog on a beach"]]
@@ -63,5 +63,7 @@ def load_writer(name: str, encoder: SentenceEncoder) -> Writer:
             return MedoidWriter(encoder)
         case "random":
             return RandomMemberWriter(encoder)
+        case "best-of-n":
+            return LanguageModelWriter.load(SMOLLM2, encoder, plain=True)
         case _:
             return LanguageModelWriter.load(name, encoder)

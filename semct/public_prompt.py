@@ -188,16 +188,23 @@ class LanguageModelWriter:
         tokenizer: Its tokenizer.
         encoder: Judges the candidates.
         samples: Completions drawn for each cluster beside the greedy one.
+        plain: Best-of-n and nothing else: no word is barred, no wish kept secret, and the only candidates are
+            the completions (the medoid where there are none).
     """
 
-    def __init__(self, network: Any, tokenizer: Any, encoder: Encoder, *, samples: int = 4) -> None:
+    def __init__(
+        self, network: Any, tokenizer: Any, encoder: Encoder, *, samples: int = 4, plain: bool = False
+    ) -> None:
         self._network = network
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._rows = samples + 1
+        self._plain = plain
 
     @classmethod
-    def load(cls, model: str | Path, encoder: Encoder, *, device: str = "cpu", samples: int = 4) -> LanguageModelWriter:
+    def load(
+        cls, model: str | Path, encoder: Encoder, *, device: str = "cpu", samples: int = 4, plain: bool = False
+    ) -> LanguageModelWriter:
         """Load a language model and let it read the examples.
 
         Args:
@@ -205,6 +212,7 @@ class LanguageModelWriter:
             encoder: Judges the candidates.
             device: Where the language model runs.
             samples: Completions drawn for each cluster beside the greedy one.
+            plain: Best-of-n and nothing else.
 
         Raises:
             LanguageModelError: There is no usable language model under that name.
@@ -224,7 +232,7 @@ class LanguageModelWriter:
             )
             raise LanguageModelError(msg) from error
         network.to(device).eval()  # type: ignore[arg-type]  # its annotations lack str
-        writer = cls(network, tokenizer, encoder, samples=samples)
+        writer = cls(network, tokenizer, encoder, samples=samples, plain=plain)
         _ = writer._examples  # read once now rather than in the first batch
         return writer
 
@@ -247,21 +255,23 @@ class LanguageModelWriter:
 
     def _best(self, members: Sequence[str], vectors: Vectors, written: Sequence[str]) -> PublicPrompt:
         longest = max(8, *(len(prompt.split()) for prompt in members))
-        sources: dict[str, Source] = dict.fromkeys(shared_wording(members), "extract")
+        sources: dict[str, Source] = {} if self._plain else dict.fromkeys(shared_wording(members), "extract")
         sources.update({text: "llm" for text in written if text and len(text.split()) <= longest})
-        sources = {text: source for text, source in sources.items() if not leaks(text, members)}
+        if not self._plain:
+            sources = {text: source for text, source in sources.items() if not leaks(text, members)}
         central = medoid(vectors)
-        sources.setdefault(members[central], "medoid")
+        if not (self._plain and sources):
+            sources.setdefault(members[central], "medoid")
 
         texts = list(sources)
         cosines = self._encoder.embed(texts) @ vectors.T
-        scores = cosines.mean(axis=1)
-        if leaks(members[central], members):
+        means = cosines.mean(axis=1)
+        scores = means.copy()
+        if sources[texts[-1]] == "medoid" and leaks(members[central], members):
             others = [prompt != members[central] for prompt in members]
             scores[-1] = cosines[-1, others].mean()
         best = int(np.argmax(scores))
-        means = cosines.mean(axis=1)
-        below = bool(means[best] < means[texts.index(members[central])] - _EQUAL)
+        below = bool(means[best] < (vectors @ vectors[central]).mean() - _EQUAL)
         return PublicPrompt(texts[best], sources[texts[best]], float(means[best]), len(texts), below)
 
     @torch.inference_mode()
@@ -273,7 +283,7 @@ class LanguageModelWriter:
             _repeated(state, self._rows) for state in self._read([_central(*cluster) for cluster in clusters])
         )
         barred = torch.zeros_like(logits, dtype=torch.bool)
-        for i, (members, _) in enumerate(clusters):
+        for i, (members, _) in enumerate(clusters if not self._plain else ()):
             barred[i * self._rows : (i + 1) * self._rows, self._barred(members)] = True
         greedy = torch.arange(len(logits)) % self._rows == 0
         generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from semct.public_prompt import MedoidWriter
 from semct.quality import load_quality_model
 from semct.routes import Plan, Request, shared_steps, steps_by_node
 
-BUILT_IN = ["clustering-free", "device-only", "edge-device", "semantic-free", "semct"]
+BUILT_IN = ["clustering-free", "device-only", "edge-device", "hierarchical", "semantic-free", "semct", "semct-tree"]
 PROMPTS = [
     "a white cat in the snow",
     "a grey cat in the snow",
