@@ -202,6 +202,29 @@ OUTAGE = LinkState(loss=Probability(1.0))
 """Nothing passes."""
 
 
+def mismatch(wanted: Link, found: Link) -> str | None:
+    """In what a link that was read back is not the wanted one, such as "the rate up is 1mbit, not 2mbit".
+
+    What a kernel rounds is none: rates to bytes a second, times to microseconds, probabilities to 32 bits. Queues
+    count as equal when they hold the same, derived or given.
+    """
+    for direction in ("up", "down"):
+        asked, seen = getattr(wanted, direction), getattr(found, direction)
+        for field in (*LinkState.__struct_fields__, "queue"):
+            if field != "limit" and not _alike(getattr(asked, field), getattr(seen, field)):
+                return f"the {field} {direction} is {getattr(seen, field)}, not {getattr(asked, field)}"
+    return None
+
+
+def _alike(asked: Any, seen: Any) -> bool:
+    if isinstance(asked, Part) and type(asked) is type(seen):
+        return all(_alike(getattr(asked, field), getattr(seen, field)) for field in asked.__struct_fields__)
+    if isinstance(asked, float) and isinstance(seen, float):
+        rounding = 8 if isinstance(asked, Rate) else 1e-6
+        return math.isclose(asked, seen, rel_tol=1e-6, abs_tol=rounding)
+    return bool(asked == seen)
+
+
 def decode_quantity(kind: type[Any], value: Any) -> Any:
     """For ``msgspec.convert(..., dec_hook=decode_quantity)``: a rate, time or probability as it stands in a file.
 

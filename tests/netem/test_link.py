@@ -17,6 +17,7 @@ from netem.link import (
     Rate,
     decode_quantity,
     encode_quantity,
+    mismatch,
     quantity_schema,
 )
 
@@ -127,3 +128,26 @@ def test_a_given_limit_is_the_queue() -> None:
 def test_a_wrong_quantity_in_code_raises() -> None:
     with pytest.raises(BadLink, match="'fast' is no rate"):
         Rate("fast")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "said"),
+    [
+        ({"rate": "1mbit"}, {"rate": "2mbit"}, "the rate up is 2mbit, not 1mbit"),
+        ({"rate": "1mbit"}, {}, "the rate up is None, not 1mbit"),
+        ({"rate": 1_000_001.0}, {"rate": 1_000_000.0}, None),
+        ({"delay": "1ms"}, {"delay": "1.0001ms"}, None),
+        ({"delay": "1ms"}, {"delay": "1.1ms"}, "the delay up is 1.1ms, not 1ms"),
+        ({"limit": 64, "rate": "1mbit"}, {"rate": "1mbit"}, None),
+        ({"limit": 9}, {"limit": 8}, "the queue up is 8, not 9"),
+        (
+            {"bursts": {"model": "gilbert-elliott", "to_bad": "1%", "to_good": "10%"}},
+            {"bursts": {"model": "gilbert-elliott", "to_bad": "1.00001%", "to_good": "10%"}},
+            None,
+        ),
+    ],
+)
+def test_what_was_read_back_is_compared_up_to_rounding(
+    asked: dict[str, Any], found: dict[str, Any], said: str | None
+) -> None:
+    assert mismatch(Link(up=read(asked)), Link(up=read(found))) == said

@@ -1,0 +1,111 @@
+"""What is measured of each implementation of links. A scene runs in a process of its own, which enters the hub:
+
+python -m tests.netem.scenes MODULE:CLASS SCENE '{"argument": ...}' prints the scene's result as JSON.
+"""
+
+import asyncio
+import importlib
+import json
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from netem.hosts import Links, enter_hub
+from netem.link import MTU, Duration, Link, LinkState, Rate, decode_quantity, mismatch
+from tests.netem.measuring import UDP_PAYLOAD, Cell, Direction
+
+
+def one_way(direction: Direction, state: LinkState) -> Link:
+    return Link(up=state) if direction == "up" else Link(down=state)
+
+
+async def delay(links: Links, direction: Direction, state: LinkState, count: int) -> list[float]:
+    """Round trips in seconds over a link with a state in one direction."""
+    async with Cell(links, link=one_way(direction, state)) as cell:
+        return await cell.pings(count)
+
+
+async def datagrams(
+    links: Links,
+    direction: Direction,
+    state: LinkState,
+    count: int,
+    *,
+    every: float = 0.002,
+    together: int = 10,
+    size: int = 64,
+    quiet: float = 0.5,
+) -> list[Any]:
+    """The datagrams that arrived of `count`: number, sent, arrived, intact."""
+    async with Cell(links, link=one_way(direction, state)) as cell:
+        return list(await cell.datagrams(direction, count, every=every, together=together, size=size, quiet=quiet))
+
+
+async def goodput(
+    links: Links,
+    direction: Direction,
+    link: Link,
+    *,
+    devices: int = 1,
+    settle: float = 1.5,
+    seconds: float = 3.0,
+    congestion: str = "cubic",
+) -> list[float]:
+    """TCP's goodput in bit/s over each of so many links at the same time."""
+    async with Cell(links, devices=devices, link=link, congestion=congestion) as cell:
+        return await cell.goodput(direction, seconds, settle=settle, numbers=range(devices))
+
+
+async def read_back(links: Links, states: list[Link]) -> list[str | None]:
+    """Apply one state after the other, and compare each with what is read back."""
+    async with Cell(links) as cell:
+        found = []
+        for state in states:
+            await cell.shape(state)
+            found.append(mismatch(state, await cell.read()))
+    return found
+
+
+async def changes(
+    links: Links, direction: Direction, rates: list[Rate], *, every: float, wait: Duration
+) -> dict[str, Any]:
+    """Change a link's rate again and again under trains of ten full packets, and see what became of them.
+
+    A train is sent back to back and arrives at the link's rate. Returns the rates and when they were asked for, the
+    datagrams that arrived, and how many were sent.
+    """
+    train, pause = 10, 0.025
+    link = one_way(direction, LinkState(rate=rates[-1], delay=wait))
+    async with Cell(links, link=link) as cell:
+        count = train * round((every * len(rates) + 0.5) / pause)
+        traffic = asyncio.create_task(
+            cell.datagrams(direction, count, every=pause, together=train, size=UDP_PAYLOAD, quiet=1.0)
+        )
+        await asyncio.sleep(0.3)
+        moments = []
+        for rate in rates:
+            before = time.time()
+            await cell.shape(one_way(direction, LinkState(rate=rate, delay=wait)))
+            moments.append((float(rate), before))
+            await asyncio.sleep(max(0.0, before + every - time.time()))
+        arrived = await traffic
+    return {"sent": count, "train": train, "packet_bits": 8 * MTU, "changes": moments, "arrived": arrived}
+
+
+def main() -> None:
+    implementation, scene, arguments = sys.argv[1:]
+    module, kind = implementation.split(":")
+    links = getattr(importlib.import_module(module), kind)()
+    act = globals()[scene]
+    wanted = {
+        name: msgspec.convert(value, act.__annotations__[name], dec_hook=decode_quantity)
+        for name, value in json.loads(arguments).items()
+    }
+    enter_hub()
+    print(json.dumps(asyncio.run(act(links, **wanted))))
+
+
+if __name__ == "__main__":
+    main()
