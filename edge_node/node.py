@@ -16,6 +16,7 @@ from edge_node.planning import DeviceLinks, Planner
 from node.serving import Deliveries, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
+from semct.clustering import Number
 from semct.cost import Weights
 from semct.routes import Plan, Route
 
@@ -28,7 +29,7 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
     ``quality`` names the curves to plan with, ``writer`` who words public prompts.
     """
 
-    clusters: int = 3
+    clusters: Number = 3
     most_shared: int = 13
     weights: Weights = Weights()
     quality: str = "embedded"

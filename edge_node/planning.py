@@ -9,6 +9,7 @@ import msgspec
 
 from broker import messages
 from semct import frameworks
+from semct.clustering import Number
 from semct.cost import Link, Network, NodeState, Weights
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import Writer
@@ -34,7 +35,7 @@ class Planner:
         latent_bytes: int,
         links: Mapping[str, DeviceLinks],
         weights: Weights,
-        clusters: int,
+        clusters: Number,
         most_shared: int,
         model: str,
         quality: QualityModel,

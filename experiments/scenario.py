@@ -52,12 +52,12 @@ class Devices(Part, frozen=True, kw_only=True):
 
 
 class Planning(Part, frozen=True, kw_only=True):
-    """How frameworks plan: number of clusters K, who words public prompts, which quality curves.
+    """How frameworks plan: number of clusters K (or how to find it), who words public prompts, which quality curves.
 
     ``most_shared`` bounds the shared steps of a request; 13 of 28 is what the system model of [13] allows.
     """
 
-    clusters: Count = 3
+    clusters: Count | Literal["utility", "silhouette"] = 3
     most_shared: Steps = 13
     writer: str = "smollm2"
     quality: str = "embedded"

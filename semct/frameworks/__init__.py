@@ -21,10 +21,11 @@ from importlib.metadata import entry_points
 import numpy as np
 from numpy.typing import NDArray
 
+from semct.clustering import Dendrogram, Number, Partition, best_silhouette, dendrogram
 from semct.cost import Network, Weights
-from semct.planner import two_tier
+from semct.planner import tree, two_tier
 from semct.prompts import SentenceEncoder
-from semct.public_prompt import PublicPrompt, Writer, embed_prompts
+from semct.public_prompt import MeanWriter, PublicPrompt, Writer, embed_prompts
 from semct.quality import QualityModel
 from semct.routes import Plan, Request
 
@@ -35,8 +36,8 @@ ENTRY_POINTS = "semct.frameworks"
 class Batch:
     """What a framework plans on: the requests of a round, the state of the network, and its tools.
 
-    ``clusters`` is the wanted number of clusters K, ``most_shared`` bounds a request's shared steps, ``seed``
-    drives every random choice, ``seconds`` collects the wall time of each part of planning.
+    ``clusters`` is the wanted number of clusters K, or how to find it, ``most_shared`` bounds a request's shared
+    steps, ``seed`` drives every random choice, ``seconds`` collects the wall time of each part of planning.
     """
 
     requests: tuple[Request, ...]
@@ -46,7 +47,7 @@ class Batch:
     encoder: SentenceEncoder
     writer: Writer
     model: str
-    clusters: int
+    clusters: Number
     most_shared: int
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -69,6 +70,32 @@ class Batch:
         """Unit vectors (n, d) of prompts, timed as ``embed``."""
         with self.timed("embed"):
             return self.encoder.embed(prompts)
+
+    def cluster(self, vectors: NDArray[np.float32]) -> Partition:
+        """As many clusters of similar meaning as are wanted, by the prompts' vectors (n, d); timed as ``cluster``."""
+        with self.timed("cluster"):
+            grown = dendrogram(vectors)
+            if self.clusters == "silhouette":
+                return grown.cut(best_silhouette(vectors, grown))
+            if self.clusters == "utility":
+                return grown.cut(self._best_number(vectors, grown))
+            return grown.cut(self.clusters)
+
+    def _best_number(self, vectors: NDArray[np.float32], grown: Dendrogram) -> int:
+        """The number of clusters of highest predicted utility.
+
+        Public prompts are not written yet: a cluster's similarity is that to the mean of its prompts where that is
+        what the writer takes, and else that to the medoid.
+        """
+        prompts = tree.PromptTree(grown, self.prompts, vectors, words=not isinstance(self.writer, MeanWriter))
+        price = tree.prices(
+            self.requests,
+            network=self.network,
+            weights=self.weights,
+            quality=self.quality,
+            waiting=len(self.requests),
+        )
+        return tree.best_clusters(prompts, price, self.quality, self.most_shared)
 
     def write(self, writer: Writer, groups: Sequence[Sequence[int]]) -> list[PublicPrompt]:
         """The public prompt of each group of request indices, timed as ``write``."""

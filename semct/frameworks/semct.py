@@ -5,7 +5,6 @@ language model, each request its own split, splits and compute shares from the t
 paper: all of it; its first tier is exact here instead of learned.
 """
 
-from semct.clustering import semantic
 from semct.frameworks import Batch, framework
 from semct.routes import Plan
 
@@ -13,7 +12,5 @@ from semct.routes import Plan
 @framework("semct")
 def plan(batch: Batch) -> Plan:
     """Cluster by meaning, write one public prompt per cluster, plan both tiers."""
-    vectors = batch.embed(batch.prompts)
-    with batch.timed("cluster"):
-        groups = semantic(vectors, batch.clusters)
+    groups = batch.cluster(batch.embed(batch.prompts))
     return batch.plan(groups, batch.write(batch.writer, groups))

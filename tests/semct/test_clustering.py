@@ -1,5 +1,7 @@
 """Partitions cover every prompt once, keep to K, and do not depend on the order of the batch."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from scipy.spatial.distance import pdist
 from semct.clustering import (
     Partition,
     alone,
+    best_silhouette,
     by_entity,
     cosine_distances,
     dendrogram,
@@ -197,3 +200,33 @@ def test_a_hundred_thousand_users_with_few_different_prompts_are_clustered() -> 
 @given(embeddings())
 def test_cosine_distances_are_scipys(vectors: NDArray[np.float64]) -> None:
     assert cosine_distances(3 * vectors) == pytest.approx(pdist(vectors, "cosine"), abs=1e-12)
+
+
+def naive_silhouette(vectors: NDArray[np.float64], partition: Partition) -> float:
+    """By the definition, pair by pair."""
+    distance = np.clip(1 - vectors @ vectors.T, 0, None)
+    values = []
+    for group in partition:
+        for i in group:
+            others = [j for j in group if j != i]
+            a = distance[i, others].mean() if others else 0.0
+            b = min(distance[i, list(g)].mean() for g in partition if g != group)
+            values.append((b - a) / max(a, b) if others and max(a, b) > 0 else 0.0)
+    return float(np.mean(values))
+
+
+@settings(max_examples=60)
+@given(embeddings())
+def test_the_number_by_silhouette_is_the_best_of_those_tried(vectors: NDArray[np.float64]) -> None:
+    n, grown = len(vectors), dendrogram(vectors)
+    found = best_silhouette(vectors, grown)
+    tried = {k: grown.cut(k) for k in range(2, min(n, math.isqrt(4 * n) + 1)) if len(grown.cut(k)) == k}
+    scores = {1: 0.0} | {k: naive_silhouette(vectors, partition) for k, partition in tried.items()}
+    assert scores[found] == pytest.approx(max(scores.values()), abs=1e-6)
+
+
+def test_three_themes_have_the_best_silhouette() -> None:
+    vectors = load_sentence_encoder().embed(THEMES)
+    assert best_silhouette(vectors, dendrogram(vectors)) == 3
+    assert best_silhouette(vectors[:1], dendrogram(vectors[:1])) == 1
+    assert best_silhouette(np.repeat(vectors[:1], 4, axis=0), dendrogram(np.repeat(vectors[:1], 4, axis=0))) == 1

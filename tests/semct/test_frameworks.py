@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from semct import frameworks
-from semct.clustering import by_entity
+from semct.clustering import Number, by_entity
 from semct.cost import Link, Network, NodeState, Weights
 from semct.frameworks import Batch, UnknownFramework
 from semct.prompts import SentenceEncoder, load_sentence_encoder
@@ -16,7 +17,16 @@ from semct.public_prompt import MedoidWriter
 from semct.quality import load_quality_model
 from semct.routes import Plan, Request, shared_steps, steps_by_node
 
-BUILT_IN = ["clustering-free", "device-only", "edge-device", "hierarchical", "semantic-free", "semct", "semct-tree"]
+BUILT_IN = [
+    "clustering-free",
+    "device-only",
+    "edge-device",
+    "hierarchical",
+    "hybrid",
+    "semantic-free",
+    "semct",
+    "semct-tree",
+]
 PROMPTS = [
     "a white cat in the snow",
     "a grey cat in the snow",
@@ -35,7 +45,7 @@ def encoder() -> SentenceEncoder:
     return load_sentence_encoder()
 
 
-def batch(encoder: SentenceEncoder, *, seed: int = 7, prompts: list[str] | None = None, clusters: int = 3) -> Batch:
+def batch(encoder: SentenceEncoder, *, seed: int = 7, prompts: list[str] | None = None, clusters: Number = 3) -> Batch:
     asked = PROMPTS if prompts is None else prompts
     devices = [f"device-{i}" for i in range(len(asked))]
     phone = NodeState(step_seconds=0.6, step_joules=150.0, decode_seconds=0.3, decode_joules=70.0)
@@ -112,6 +122,26 @@ def test_semct_has_k_clusters_of_like_meaning(encoder: SentenceEncoder) -> None:
         expected = [float(vectors[w] @ vectors[cluster.public_prompt]) for w in wishes]
         assert cluster.similarity == pytest.approx(expected, abs=1e-5)
     assert max(shared_steps(plan.routes).values()) > 0
+
+
+@pytest.mark.parametrize("how", ["utility", "silhouette"])
+def test_the_number_of_clusters_may_be_found(encoder: SentenceEncoder, how: Literal["utility", "silhouette"]) -> None:
+    asked = batch(encoder, clusters=how)
+    plan = plan_of("semct", asked)
+    assert asked.seconds["cluster"] > 0
+    fixed = [plan_of("semct", batch(encoder, clusters=k)) for k in range(1, len(PROMPTS) + 1)]
+    assert plan in fixed
+    mean = [np.mean([p.utility for p in f.predictions.values()]) for f in fixed]
+    if how == "utility":
+        assert mean[len(plan.clusters) - 1] >= max(mean) - 0.01
+    else:
+        assert len(plan.clusters) == 3
+
+
+def test_hybrid_clusters_by_subject_with_own_splits(encoder: SentenceEncoder) -> None:
+    plan = plan_of("hybrid", batch(encoder))
+    assert [c.members for c in plan.clusters] == [tuple(f"r{i}" for i in g) for g in by_entity(PROMPTS)]
+    assert {c.source for c in plan.clusters} <= {"medoid"}
 
 
 def test_more_clusters_than_different_wishes_are_not_made(encoder: SentenceEncoder) -> None:
