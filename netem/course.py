@@ -139,8 +139,9 @@ class CellCourse:
 class StateChange(Part, frozen=True, kw_only=True):
     """Some fields of a ``LinkState``; the others stay as they are.
 
-    Where the rest would contradict what is given, it gives way: ``loss`` ends ``bursts`` and the other way round,
-    and a ``delay`` without a ``jitter`` bounds the jitter.
+    Where another field would contradict one that is given, it gives way: a ``delay`` bounds the jitter and a
+    ``jitter`` raises the delay, ``loss`` ends ``bursts`` and the other way round. What has nothing to act on is
+    left out: a correlation without jitter or loss, reordering without a delay.
     """
 
     rate: Rate | UnsetType | None = UNSET
@@ -154,31 +155,30 @@ class StateChange(Part, frozen=True, kw_only=True):
     duplicate: Probability | UnsetType = UNSET
     reorder: Probability | UnsetType = UNSET
     corrupt: Probability | UnsetType = UNSET
-    limit: int | UnsetType | None = UNSET
+    limit: Annotated[int, Meta(ge=1, lt=2**32)] | UnsetType | None = UNSET
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if given.get("jitter", 0.0) > given.get("delay", math.inf):
+            raise BadLink(f"a change to a delay of {self.delay} has no room for its jitter of {self.jitter}")
+        if given.get("loss") and given.get("bursts"):
+            raise BadLink("`loss` and `bursts` are two models of the same losses: change one of them")
 
     def apply(self, state: LinkState) -> LinkState:
-        """The state with the given fields; raises ``BadLink`` if they contradict each other."""
-        given = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not UNSET}
-        return msgspec.structs.replace(state, **(_giving_way(state, given) | given))
+        """The state with the given fields."""
+        given = self._given()
+        fields = msgspec.structs.asdict(state) | given
+        if fields["jitter"] > fields["delay"]:
+            fields |= {"delay": fields["jitter"]} if "jitter" in given else {"jitter": fields["delay"]}
+        if fields["loss"] and fields["bursts"]:
+            fields |= {"loss": Probability()} if "bursts" in given else {"bursts": None}
+        for name, acts_on in (("delay_correlation", "jitter"), ("loss_correlation", "loss"), ("reorder", "delay")):
+            if not fields[acts_on]:
+                fields[name] = Probability()
+        return LinkState(**fields)
 
-
-def _giving_way(state: LinkState, given: dict[str, Any]) -> dict[str, Any]:
-    """What else of a state has to change with the ``given`` fields."""
-    none = Probability(0.0)
-    also: dict[str, Any] = {}
-    if "delay" in given:
-        also["jitter"] = min(state.jitter, given["delay"])
-        if not given["delay"]:
-            also["reorder"] = none
-    if not (also | given).get("jitter", state.jitter):
-        also["delay_correlation"] = none
-    if given.get("loss"):
-        also["bursts"] = None
-    if given.get("bursts"):
-        also["loss"] = none
-    if not (also | given).get("loss", state.loss):
-        also["loss_correlation"] = none
-    return also
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
 
 
 class Change(Part, frozen=True, kw_only=True):
@@ -249,7 +249,7 @@ class Interruption(Part, frozen=True, kw_only=True):
 
     def _interrupted(self, state: LinkState) -> LinkState:
         if self.kind == "outage":
-            return StateChange(loss=Probability(1.0), loss_correlation=Probability(0.0)).apply(state)
+            return StateChange(loss=Probability(1.0), loss_correlation=Probability()).apply(state)
         return msgspec.structs.replace(state, delay=Duration(state.delay + self.lasting))
 
 
@@ -328,18 +328,13 @@ class Setting(Part, frozen=True, kw_only=True):
 def resolve(setting: Setting, device: int, seed: int, folder: Path = Path()) -> Course:
     """The course of the link of a device, the first being number 1.
 
-    Files are looked for in ``folder``. Equal seeds give equal courses. Raises ``BadLink``: a file is not right,
-    or a change contradicts the link that it meets.
+    Files are looked for in ``folder``. Equal seeds give equal courses. Raises ``BadLink`` if a file is not right, or
+    a ring has no room for those who walk in it.
     """
     course = _base(setting, device, seed, folder)
     mine = sorted((c for c in setting.changes if c.device in (None, device)), key=lambda change: change.at)
     if mine:
         course = Scheduled(course, tuple(mine))
-        for change in mine:
-            try:
-                course.at(change.at)
-            except BadLink as error:
-                raise BadLink(f"the change at {change.at} does not fit the link of device {device}: {error}") from error
     if setting.interruptions:
         # Outages last, so that a handover at the same time does not undo them.
         kinds = sorted(enumerate(setting.interruptions), key=lambda numbered: numbered[1].kind == "outage")

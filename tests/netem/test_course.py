@@ -1,12 +1,14 @@
 """Courses: what a scenario says becomes a link for every time, the same for the same seed, in steps to follow."""
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +100,14 @@ def test_a_wrong_setting_is_one_sentence(setting: dict[str, Any], error: str) ->
 def test_a_setting_is_written_as_it_is_read() -> None:
     text = msgspec.json.encode(BUSY, enc_hook=encode_quantity)
     assert msgspec.json.decode(text, type=Setting, dec_hook=decode_quantity) == BUSY
+
+
+def test_the_examples_in_the_documentation_are_settings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "channels.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 5
+    for example in examples:
+        assert read(yaml.safe_load(example)) != Setting()
 
 
 def test_a_setting_has_a_schema() -> None:
@@ -245,30 +255,71 @@ def test_a_change_knows_every_field_of_a_state() -> None:
     assert StateChange.__struct_fields__ == LinkState.__struct_fields__
 
 
-def test_what_a_change_gives_is_not_contradicted_by_the_rest() -> None:
-    bursts = GilbertElliott(to_bad=Probability("1%"), to_good=Probability("20%"))
-    jittery = LinkState(
-        delay=Duration("20ms"),
-        jitter=Duration("10ms"),
-        delay_correlation=Probability("25%"),
-        reorder=Probability("1%"),
-        loss=Probability("1%"),
-        loss_correlation=Probability("30%"),
+bursts = st.builds(GilbertElliott, to_bad=st.just(Probability("1%")), to_good=st.just(Probability("20%")))
+probabilities = st.sampled_from([0.0, 0.01, 1.0]).map(Probability)
+durations = st.sampled_from([0.0, 0.005, 0.02]).map(Duration)
+
+
+def or_unset(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.just(msgspec.UNSET) | strategy
+
+
+@st.composite
+def state_changes(draw: st.DrawFn) -> StateChange:
+    """Any change that does not contradict itself."""
+    delay, jitter = draw(or_unset(durations)), draw(or_unset(durations))
+    if msgspec.UNSET not in (delay, jitter):
+        delay, jitter = max(delay, jitter), min(delay, jitter)
+    loss = draw(or_unset(probabilities))
+    return StateChange(
+        rate=draw(or_unset(st.none() | st.just(Rate("1mbit")))),
+        delay=delay,
+        jitter=jitter,
+        delay_correlation=draw(or_unset(probabilities)),
+        loss=loss,
+        loss_correlation=draw(or_unset(probabilities)),
+        bursts=msgspec.UNSET if loss else draw(or_unset(st.none() | bursts)),
+        reorder=draw(or_unset(probabilities)),
+        limit=draw(or_unset(st.none() | st.just(10))),
     )
-    faster = StateChange(delay=Duration("5ms")).apply(jittery)
-    assert (faster.delay, faster.jitter, faster.delay_correlation) == (0.005, 0.005, 0.25)
-    at_once = StateChange(delay=Duration("0ms")).apply(jittery)
-    assert (at_once.jitter, at_once.delay_correlation, at_once.reorder) == (0, 0, 0)
-    assert StateChange(bursts=bursts).apply(jittery).loss == 0
-    assert StateChange(loss=Probability("2%")).apply(LinkState(bursts=bursts)).bursts is None
-    assert StateChange(loss=Probability("0%")).apply(jittery).loss_correlation == 0
+
+
+@given(st.lists(state_changes(), max_size=4), state_changes())
+def test_a_change_fits_every_state_and_what_it_gives_holds(before: list[StateChange], change: StateChange) -> None:
+    state = LinkState()
+    for earlier in before:
+        state = earlier.apply(state)
+    changed = change.apply(state)
+    idle = {"delay_correlation": "jitter", "loss_correlation": "loss", "reorder": "delay"}
+    for name in change.__struct_fields__:
+        if (wanted := getattr(change, name)) is not msgspec.UNSET and getattr(changed, idle.get(name, name)):
+            assert getattr(changed, name) == wanted
+    assert change.apply(changed) == changed
+
+
+def test_what_a_change_gives_makes_the_rest_give_way() -> None:
+    bursty = LinkState(bursts=GilbertElliott(to_bad=Probability("1%"), to_good=Probability("20%")))
+    jittery = LinkState(delay=Duration("20ms"), jitter=Duration("10ms"), loss=Probability("1%"))
+    assert StateChange(delay=Duration("5ms")).apply(jittery).jitter == 0.005
+    assert StateChange(jitter=Duration("50ms")).apply(jittery).delay == 0.05
+    assert StateChange(bursts=bursty.bursts).apply(jittery).loss == 0
+    assert StateChange(loss=Probability("2%")).apply(bursty).bursts is None
     assert StateChange().apply(jittery) == jittery
 
 
-def test_a_change_that_contradicts_itself_is_refused_when_the_course_is_made() -> None:
-    setting = read({"access": "lte", "changes": [{"at": "3s", "up": {"delay": "5ms", "jitter": "9ms"}}]})
-    with pytest.raises(BadLink, match="the change at 3s does not fit the link of device 2: a jitter of 9ms"):
-        resolve(setting, 2, 0)
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"delay": "5ms", "jitter": "9ms"}, "a change to a delay of 5ms has no room for its jitter of 9ms"),
+        ({"loss": "1%", "bursts": {"model": "gilbert-elliott", "to_bad": "1%", "to_good": "9%"}}, "change one of them"),
+        ({"limit": 0}, "Expected `int` >= 1"),
+        ({"rate": "fast"}, "'fast' is no rate"),
+        ({"speed": 1}, "unknown field `speed`"),
+    ],
+)
+def test_a_change_that_contradicts_itself_is_refused(change: dict[str, Any], error: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=error):
+        read({"changes": [{"at": "3s", "up": change}]})
 
 
 def test_an_outage_loses_everything_and_a_handover_nothing() -> None:
