@@ -48,6 +48,8 @@ _ENVIRONMENT: Final = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # An arena for every thread would keep what it once needed, in each of hundreds of children.
+    "MALLOC_ARENA_MAX": "1",
     # Logs are complete when a child is killed.
     "PYTHONUNBUFFERED": "1",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import io
 import time
 from collections.abc import Hashable
@@ -21,6 +22,8 @@ from semct.compute import Processor, processor
 from semct.diffusion import Denoiser
 from semct.engine import Done, Engine, Job, Totals
 from semct.routes import Segment
+
+_libc = ctypes.CDLL(None)
 
 
 class Worker:
@@ -148,6 +151,8 @@ class Worker:
     def spent(self, round_id: str) -> Spent:
         """What the engine did since the last report; the round is over, and its prompts are forgotten."""
         self._denoiser.forget()
+        if hasattr(_libc, "malloc_trim"):  # what the round needed goes back to the machine, glibc keeps it else
+            _libc.malloc_trim(0)
         now, before = self._engine.totals, self._reported
         self._reported = now
         return Spent(
