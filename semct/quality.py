@@ -1,20 +1,20 @@
 """Content quality: scorers that measure it and fitted curves that predict it.
 
 A scorer compares pictures with prompts and returns cosines. A quality model predicts the mean score of a
-picture whose first `shared` of T denoising steps ran with a public prompt of cosine similarity phi to the
-personal prompt: Q(phi, k) = L / (1 + exp(K (k - B))) + D, its four coefficients functions of phi.
+picture whose first k of T denoising steps ran with a public prompt of cosine similarity phi to the personal
+prompt. `semct.quality_fit` fits one to measurements.
 """
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import msgspec
 import numpy as np
 import torch
-from scipy.optimize import curve_fit
+from msgspec import Meta
 from scipy.special import expit
 from torch import nn
 from torch.nn import functional
@@ -225,98 +225,87 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Mean score against shared steps at one similarity: L / (1 + exp(K (k - B))) + D.
+class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The family's coefficients; u = 1 - phi is how far the public prompt is from the personal one.
 
-    L is what sharing can cost, K how sharply it does, B the step at which half of it is lost, D what is left.
+    What sharing all T steps costs is drop(u) = fall u^power (1 + bend) / (1 + bend u^power): nothing at u = 0,
+    `fall` at u = 1, and the larger `bend`, the sooner it levels off. When in the T steps it is lost is a logistic
+    of k with its midpoint at step `middle + middle_slope phi` and the steepness `exp(steepness + steepness_slope
+    phi)`, scaled to 0 at k = 0 and 1 at k = T.
     """
 
-    L: float
-    K: float
-    B: float
-    D: float
-
-    def __call__(self, shared: ArrayLike) -> NDArray[np.float64]:
-        """Return the score after `shared` steps with the public prompt."""
-        return _logistic(np.asarray(shared, np.float64), self.L, self.K, self.B, self.D)
-
-
-class Band(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A curve and the mean similarity of the pairs it was fitted to."""
-
-    similarity: float
-    curve: Curve
+    ceiling: float
+    fall: Annotated[float, Meta(ge=0)]
+    power: Annotated[float, Meta(gt=0)]
+    bend: Annotated[float, Meta(ge=0)]
+    middle: float
+    middle_slope: float
+    steepness: float
+    steepness_slope: float
 
 
-class QualityModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Predicts content quality from similarity and shared steps.
+class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Predicts content quality from similarity phi and shared steps k: Q(phi, k) = ceiling - drop(phi) lost(phi, k).
 
-    `model` is the diffusion model, `scorer` and `steps` (T) what it was measured with, `rmse` the largest
-    root mean square error of a band's fit to its mean scores; single pictures scatter far more.
-
-    Bands stand in order of similarity. Between them coefficients are interpolated linearly; beyond the first
-    and the last they stay as they are, so at a similarity near 1 the prediction is too low.
+    `model` is the diffusion model, `scorer` and `steps` (T) what it was measured with, `source` where that was,
+    `pairs` the number of (public, personal) pairs, `measurements` that of single scores. `rmse` is the root mean
+    square error on those scores, `cross_validated` that on pairs neither of whose prompts took part in the fit
+    (None where there were too few prompts), and `interpolated` what interpolating fitted sigmoids between
+    bands of similarity, the paper's way, reaches on the same pairs.
     """
 
+    version: Literal[2] = 2
     model: str
     scorer: str
-    steps: int
+    steps: Annotated[int, Meta(ge=1)]
     source: str
+    pairs: int
+    measurements: int
     rmse: float
-    bands: tuple[Band, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse a model without bands or with bands out of order."""
-        knots = [band.similarity for band in self.bands]
-        if not knots or any(a >= b for a, b in itertools.pairwise(knots)):
-            msg = f"The bands of quality model {self.model!r} must rise in similarity, but are at {knots}."
-            raise QualityModelError(msg)
+    cross_validated: float | None
+    interpolated: float | None
+    coefficients: Coefficients
 
     def quality(self, phi: ArrayLike, shared: ArrayLike) -> NDArray[np.float64]:
-        """Return the predicted score at similarity phi after `shared` of `steps` steps (arrays broadcast)."""
-        knots = [band.similarity for band in self.bands]
-        curves = [band.curve for band in self.bands]
+        """Return the predicted mean score after `shared` of `steps` steps with a public prompt.
+
+        Args:
+            phi: Cosine similarity of public and personal prompt; above 1 counts as 1.
+            shared: Shared steps in 0..T, of any real value; it broadcasts with `phi`.
+        """
         at = np.asarray(phi, np.float64)
-        fall = np.interp(at, knots, [c.L for c in curves])
-        slope = np.interp(at, knots, [c.K for c in curves])
-        middle = np.interp(at, knots, [c.B for c in curves])
-        floor = np.interp(at, knots, [c.D for c in curves])
-        return _logistic(np.asarray(shared, np.float64), fall, slope, middle, floor)
+        return self.coefficients.ceiling - self._drop(at) * self._lost(at, np.asarray(shared, np.float64))
 
+    def quality_of_segments(self, phi: ArrayLike, stops: ArrayLike) -> NDArray[np.float64]:
+        """Return the predicted mean score of routes with several shared segments before the personal one.
 
-def _logistic(
-    shared: NDArray[np.float64], fall: ArrayLike, slope: ArrayLike, middle: ArrayLike, floor: ArrayLike
-) -> NDArray[np.float64]:
-    # expit does not overflow where the exponential would.
-    result = np.asarray(fall) * expit(-np.asarray(slope) * (shared - np.asarray(middle))) + np.asarray(floor)
-    return np.asarray(result, np.float64)
+        Each segment costs what its own curve loses between its first step and its last, so one segment gives
+        `quality(phi, stop)`, and a segment cut in two gives the same as a whole one.
 
+        Args:
+            phi: Similarity of each segment's prompt and the personal prompt, (..., segments).
+            stops: The step at which each segment ends and the next begins, not falling along the last axis,
+                (..., segments); it broadcasts with `phi`. The first segment begins at step 0; equal
+                neighbours make an empty segment, which costs nothing whatever its phi.
 
-def fit_curve(shared: ArrayLike, scores: ArrayLike) -> Curve:
-    """Fit a curve to mean scores by least squares.
+        Returns:
+            The scores, (...).
+        """
+        at, ends = np.broadcast_arrays(np.asarray(phi, np.float64), np.asarray(stops, np.float64))
+        starts = np.concatenate([np.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+        losses = self._drop(at) * (self._lost(at, ends) - self._lost(at, starts))
+        return self.coefficients.ceiling - np.asarray(losses.sum(axis=-1))
 
-    Args:
-        shared: Numbers of shared steps, at least four different ones.
-        scores: The mean score at each.
+    def _drop(self, phi: NDArray[np.float64]) -> NDArray[np.float64]:
+        c = self.coefficients
+        far = np.maximum(1 - phi, 0) ** c.power
+        return np.asarray(c.fall * (1 + c.bend) * far / (1 + c.bend * far))
 
-    Raises:
-        QualityModelError: There are too few points.
-    """
-    x, y = np.asarray(shared, np.float64), np.asarray(scores, np.float64)
-    if len(np.unique(x)) < 4 or x.shape != y.shape:
-        msg = f"A curve of four coefficients needs four or more points, not {len(np.unique(x))}."
-        raise QualityModelError(msg)
-    span, top = max(float(np.ptp(y)), 1e-6), float(x.max())
-    halfway = float(x[np.argmin(np.abs(y - (y.max() + y.min()) / 2))])
-    best, _ = curve_fit(
-        _logistic,
-        x,
-        y,
-        p0=(span, 8 / max(top, 1.0), min(max(halfway, 0.1), top), y.min()),
-        bounds=((0, 0, 0, -np.inf), (4 * span, 5, 1.5 * top, np.inf)),
-        max_nfev=20_000,
-    )
-    return Curve(*(float(value) for value in best))
+    def _lost(self, phi: NDArray[np.float64], shared: NDArray[np.float64]) -> NDArray[np.float64]:
+        c = self.coefficients
+        middle, steepness = c.middle + c.middle_slope * phi, np.exp(c.steepness + c.steepness_slope * phi)
+        first, last = expit(-steepness * middle), expit(steepness * (self.steps - middle))
+        return np.asarray((expit(steepness * (shared - middle)) - first) / (last - first))
 
 
 def load_quality_model(name_or_path: str | Path) -> QualityModel:

@@ -7,30 +7,32 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from semct.quality import (
-    Band,
     ClipScorer,
-    Curve,
+    Coefficients,
     QualityModel,
     QualityModelError,
     Scorer,
     ScorerError,
-    fit_curve,
     load_quality_model,
     load_scorer,
 )
 from semct.training.scenes import BACKGROUNDS, HELD_OUT, THINGS, Scene, caption, render_all
 
-CURVES = st.builds(
-    Curve,
-    L=st.floats(0.1, 1.2),
-    K=st.floats(0.15, 1.0),
-    B=st.floats(6, 20),
-    D=st.floats(-0.2, 0.8),
-)
+MODELS = st.builds(
+    Coefficients,
+    ceiling=st.floats(0.1, 1),
+    fall=st.floats(0, 1.2),
+    power=st.floats(0.3, 4),
+    bend=st.floats(0, 20),
+    middle=st.floats(4, 24),
+    middle_slope=st.floats(-10, 10),
+    steepness=st.floats(-2.5, 0),
+    steepness_slope=st.floats(-1, 1),
+).map(lambda coefficients: msgspec.structs.replace(load_quality_model("embedded"), coefficients=coefficients))
 
 
 @pytest.fixture(scope="module")
@@ -147,30 +149,10 @@ def test_a_missing_scorer_is_one_sentence(tmp_path: Path) -> None:
         load_scorer(str(tmp_path / "nothing"))
 
 
-@settings(max_examples=40, deadline=None)
-@given(CURVES)
-def test_a_fit_recovers_its_curve(curve: Curve) -> None:
-    shared = np.arange(29)
-    fitted = fit_curve(shared, curve(shared))
-    np.testing.assert_allclose(fitted(shared), curve(shared), atol=2e-3 * curve.L)
-    assert pytest.approx(curve.B, abs=0.3) == fitted.B
-    assert pytest.approx(curve.L, rel=0.1) == fitted.L
-
-
-def test_a_flat_curve_can_be_fitted() -> None:
-    np.testing.assert_allclose(fit_curve(np.arange(10), np.full(10, 0.7))(np.arange(10)), 0.7, atol=1e-3)
-
-
-def test_too_few_points_are_refused() -> None:
-    with pytest.raises(QualityModelError, match="four or more"):
-        fit_curve([0, 1, 2], [1, 1, 1])
-
-
 @pytest.mark.parametrize("name", ["sd3-medium", "embedded"])
 def test_shipped_models_fall_with_shared_steps_and_less_for_similar_prompts(name: str) -> None:
     model = load_quality_model(name)
     assert model.steps == 28
-    assert len(model.bands) >= 3
     shared = np.arange(29)
     low, high = model.quality([[0.2], [0.7]], shared)
     assert np.all(np.diff(low) < 0)
@@ -178,29 +160,86 @@ def test_shipped_models_fall_with_shared_steps_and_less_for_similar_prompts(name
     assert low[0] - low[-1] > 1.5 * (high[0] - high[-1])
 
 
-def test_interpolation_passes_through_the_bands_and_stops_at_their_ends() -> None:
+@pytest.mark.parametrize("name", ["sd3-medium", "embedded"])
+def test_shipped_models_say_how_well_they_predict_unseen_pairs(name: str) -> None:
+    model = load_quality_model(name)
+    assert model.pairs >= 100
+    assert model.cross_validated is not None
+    assert model.interpolated is not None
+    assert model.rmse < model.cross_validated < model.interpolated
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "embedded"])
+def test_shipped_models_never_say_that_a_closer_prompt_is_worse(name: str) -> None:
+    grid = load_quality_model(name).quality(np.linspace(-0.5, 1, 151)[:, None], np.linspace(0, 28, 57))
+    assert np.diff(grid, axis=0).min() > -1e-9
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "embedded"])
+def test_nothing_is_lost_without_shared_steps_or_with_ones_own_prompt(name: str) -> None:
+    model = load_quality_model(name)
+    ceiling = model.coefficients.ceiling
+    np.testing.assert_allclose(model.quality(np.linspace(-1, 1, 9), 0), ceiling, rtol=1e-12)
+    np.testing.assert_allclose(model.quality(1.0, np.arange(29)), ceiling, rtol=1e-12)
+    assert float(model.quality(1 + 1e-7, 28)) == ceiling
+
+
+def test_the_sd3_model_keeps_to_the_published_curves() -> None:
     model = load_quality_model("sd3-medium")
-    shared = np.linspace(0, 28, 15)
-    for band in model.bands:
-        np.testing.assert_allclose(model.quality(band.similarity, shared), band.curve(shared))
-    np.testing.assert_allclose(model.quality(-1.0, shared), model.bands[0].curve(shared))
-    np.testing.assert_allclose(model.quality(1.0, shared), model.bands[-1].curve(shared))
+    published = {
+        0.2: (0.2762, 0.1984, 13.963, 0.0615),
+        0.3: (0.2643, 0.1940, 14.072, 0.0730),
+        0.4: (0.2217, 0.1980, 13.814, 0.1088),
+        0.5: (0.1820, 0.2026, 12.541, 0.1496),
+        0.6: (0.1353, 0.2338, 11.496, 0.1924),
+        0.7: (0.1032, 0.2479, 10.798, 0.2245),
+    }
+    k = np.arange(28)
+    for phi, (fall, slope, middle, floor) in published.items():
+        means = fall / (1 + np.exp(slope * (k - middle))) + floor
+        assert np.sqrt(np.mean((model.quality(phi, k) - means) ** 2)) < 0.012
 
 
-def test_the_sd3_model_is_the_published_one() -> None:
-    band = load_quality_model("sd3-medium").bands[3]
-    assert band == Band(0.5, Curve(0.1820, 0.2026, 12.541, 0.1496))
+@given(
+    MODELS,
+    st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 28)), min_size=1, max_size=6),
+)
+def test_segments_cost_what_their_curves_lose_between_their_ends(
+    model: QualityModel, segments: list[tuple[float, float]]
+) -> None:
+    phi, stops = np.array([s[0] for s in segments]), np.sort([s[1] for s in segments])
+    expected, start = model.coefficients.ceiling, 0.0
+    for own, stop in zip(phi, stops, strict=True):
+        expected -= float(model.quality(own, start) - model.quality(own, stop))
+        start = stop
+    assert float(model.quality_of_segments(phi, stops)) == pytest.approx(expected, abs=1e-9)
+    # One segment is the curve itself; empty segments cost nothing; one cut in two is still the same.
+    assert float(model.quality_of_segments(phi[:1], stops[:1])) == float(model.quality(phi[0], stops[0]))
+    with_empty = np.r_[phi, 0.5], np.r_[stops, stops[-1]]
+    assert float(model.quality_of_segments(*with_empty)) == pytest.approx(expected, abs=1e-9)
+    cut = np.r_[phi[0], phi], np.r_[stops[0] / 2, stops]
+    assert float(model.quality_of_segments(*cut)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_segments_of_many_routes_at_once() -> None:
+    model = load_quality_model("embedded")
+    phi = np.random.default_rng(0).uniform(0, 1, (50, 1, 2))
+    stops = np.array([[2, 9], [4, 4], [0, 28]])
+    found = model.quality_of_segments(phi, stops)
+    assert found.shape == (50, 3)
+    np.testing.assert_allclose(found[7, 0], model.quality_of_segments(phi[7, 0], stops[0]))
+    np.testing.assert_allclose(found[:, 1], model.quality(phi[:, 0, 0], 4))
+    np.testing.assert_allclose(found[:, 2], model.quality(phi[:, 0, 1], 28))
 
 
 def test_a_quality_model_is_read_from_a_file(tmp_path: Path) -> None:
-    curve = Curve(0.5, 0.3, 14, 0.2)
-    model = QualityModel("mine", "embedded", 28, "a test", 0.0, (Band(0.2, curve), Band(0.8, curve)))
+    model = load_quality_model("embedded")
     path = tmp_path / "mine.json"
     path.write_bytes(msgspec.json.encode(model))
     assert load_quality_model(path) == model
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"model": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "model": "sdxl"}'])
 def test_a_file_that_is_no_quality_model_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
@@ -211,9 +250,3 @@ def test_a_file_that_is_no_quality_model_is_named(tmp_path: Path, text: str) -> 
 def test_an_unknown_quality_model_is_refused_with_the_known_ones() -> None:
     with pytest.raises(QualityModelError, match=r"embedded, sd3-medium"):
         load_quality_model("sdxl")
-
-
-def test_bands_out_of_order_are_refused() -> None:
-    curve = Curve(0.5, 0.3, 14, 0.2)
-    with pytest.raises(QualityModelError, match="rise in similarity"):
-        QualityModel("mine", "embedded", 28, "a test", 0.0, (Band(0.8, curve), Band(0.2, curve)))

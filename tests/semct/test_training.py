@@ -16,7 +16,7 @@ from semct.quality import load_scorer
 from semct.training import scenes
 from semct.training.__main__ import app
 from semct.training.autoencoder import fit_patch_code
-from semct.training.measurement import BANDS, Sampler, draw_pairs
+from semct.training.measurement import BANDS, PUBLIC_BANDS, ROOT_BANDS, draw_pairs, draw_triples
 from semct.training.scenes import (
     BACKGROUNDS,
     HELD_OUT,
@@ -167,14 +167,15 @@ def test_pairs_of_prompts_lie_in_their_bands() -> None:
         assert all(abs(p.similarity - band) < 0.05 for p in drawn)
 
 
-def test_sampling_can_stop_and_go_on_at_any_step() -> None:
-    sampler = Sampler(ASSETS / "embedded", load_sentence_encoder())
-    noise = sampler.noise(2, seed=0)
-    whole = sampler.run(noise, ["a cat at night", "a bus"], 0, 6)
-    assert len(whole) == 7
-    late = sampler.run(whole[4], ["a cat at night", "a bus"], 4, 6)
-    assert torch.equal(whole[6], late[2])
-    assert sampler.decode(late[2]).shape == (2, 64, 64, 3)
+def test_triples_of_prompts_lie_in_two_bands() -> None:
+    encoder = load_sentence_encoder()
+    triples = draw_triples(encoder, 3)
+    assert len(triples) >= 30
+    assert len({public for _, public, _ in triples}) == len(triples)
+    for root, public, personal in triples:
+        far, near = encoder.similarity([root, public], [personal])[:, 0]
+        assert min(abs(far - band) for band in ROOT_BANDS) < 0.06 + 1e-6
+        assert min(abs(near - band) for band in PUBLIC_BANDS) < 0.06 + 1e-6
 
 
 def test_all_shipped_weights_are_at_most_30_mb() -> None:

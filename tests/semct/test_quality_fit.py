@@ -1,0 +1,113 @@
+"""A fit finds the curves that data came from, and is judged on pairs that it has not seen."""
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from semct.quality import QualityModelError, load_quality_model
+from semct.quality_fit import Measurements, bands_of, cross_validate, fit, interpolated_bands
+
+STEPS = 28
+SHARED = np.arange(0, 29, 4.0)
+TRUTH = load_quality_model("sd3-medium")
+
+
+def drawn(prompts: int, noise: float, *, own: float = 0.0, seed: int = 0) -> Measurements:
+    """Every pair of prompts, scored by the shipped SD3 model; `own` is how much ceilings of prompts differ."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(prompts, 6)) + 1.2
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    public, personal = (ids.ravel() for ids in np.meshgrid(np.arange(prompts), np.arange(prompts), indexing="ij"))
+    similarity = (vectors @ vectors.T)[public, personal]
+    scores = TRUTH.quality(similarity[:, None], SHARED)
+    scores += rng.normal(0, noise, scores.shape) + rng.normal(0, own, prompts)[personal, None]
+    return Measurements(public, personal, similarity, SHARED, scores)
+
+
+def fitted(measured: Measurements) -> NDArray[np.float64]:
+    model = fit(measured, model="test", scorer="test", steps=STEPS, source="a test")
+    return model.quality(np.linspace(0.2, 1, 9)[:, None], SHARED)
+
+
+def test_a_fit_recovers_the_curves_behind_its_data() -> None:
+    truth = TRUTH.quality(np.linspace(0.2, 1, 9)[:, None], SHARED)
+    np.testing.assert_allclose(fitted(drawn(12, 0.0)), truth, atol=1e-3)
+    np.testing.assert_allclose(fitted(drawn(12, 0.02)), truth, atol=0.02)
+
+
+def test_a_fit_to_flat_scores_is_flat() -> None:
+    flat = drawn(8, 0.0)._replace(scores=np.full((64, len(SHARED)), 0.7))
+    np.testing.assert_allclose(fitted(flat), 0.7, atol=1e-3)
+
+
+def test_errors_are_those_of_the_noise() -> None:
+    model = fit(drawn(12, 0.02), model="test", scorer="test", steps=STEPS, source="a test")
+    assert model.pairs == 144
+    assert model.measurements == 144 * len(SHARED)
+    assert model.rmse == pytest.approx(0.02, rel=0.05)
+    assert model.cross_validated == pytest.approx(0.02, rel=0.08)
+    assert model.interpolated is not None
+    assert model.interpolated > model.cross_validated
+
+
+def test_the_test_pairs_of_a_fold_share_no_prompt_with_its_training_pairs() -> None:
+    measured = drawn(14, 0.01)
+    met: list[tuple[set[int], set[float]]] = []
+    tested: list[int] = []
+
+    def watching(training: Measurements):  # type: ignore[no-untyped-def]
+        known = {*training.public.tolist(), *training.personal.tolist()}
+
+        def predict(phi: NDArray[np.float64]) -> NDArray[np.float64]:
+            met.append((known, set(phi.tolist())))
+            tested.append(len(phi))
+            return np.zeros((len(phi), len(SHARED)))
+
+        return predict
+
+    error = cross_validate(measured, watching)
+    assert sum(tested) == 14 * 13  # each pair of two different prompts once
+    for known, similarities in met:
+        pairs = np.isin(measured.similarity, list(similarities)) & (measured.public != measured.personal)
+        assert not known & {*measured.public[pairs].tolist(), *measured.personal[pairs].tolist()}
+    different = measured.public != measured.personal
+    assert error == pytest.approx(np.sqrt(np.mean(measured.scores[different] ** 2)))
+
+
+def test_what_differs_between_prompts_is_not_learnt_from_the_prompts_themselves() -> None:
+    measured = drawn(12, 0.001, own=0.03)
+    model = fit(measured, model="test", scorer="test", steps=STEPS, source="a test")
+    assert model.cross_validated is not None
+    assert model.cross_validated > model.rmse
+
+
+def test_too_few_prompts_cannot_be_cross_validated() -> None:
+    few = drawn(4, 0.01)
+    model = fit(few, model="test", scorer="test", steps=STEPS, source="a test")
+    assert model.cross_validated is None
+    assert msgspec.json.decode(msgspec.json.encode(model), type=type(model)) == model
+
+
+@pytest.mark.parametrize(("pairs", "steps"), [(7, 8), (16, 3)])
+def test_too_few_measurements_are_refused(pairs: int, steps: int) -> None:
+    whole = drawn(4, 0.0)
+    few = whole.where(np.arange(16) < pairs)._replace(shared=SHARED[:steps], scores=whole.scores[:pairs, :steps])
+    with pytest.raises(QualityModelError, match=f"8 pairs at 4 numbers of shared steps; there are {pairs} at {steps}"):
+        fit(few, model="test", scorer="test", steps=STEPS, source="a test")
+
+
+def test_bands_hold_every_pair_once() -> None:
+    similarity = np.random.default_rng(1).uniform(-0.2, 1, 200)
+    bands = bands_of(similarity)
+    assert sum(chosen.sum() for _, chosen in bands) == 200
+    assert all(np.abs(similarity[chosen] - band).max() <= 0.05 + 1e-9 for band, chosen in bands)
+
+
+def test_interpolated_bands_pass_through_their_means() -> None:
+    measured = drawn(14, 0.0)
+    predict = interpolated_bands(measured)
+    for band, chosen in bands_of(measured.similarity):
+        if chosen.sum() >= 4:
+            means = measured.scores[chosen].mean(axis=0)
+            np.testing.assert_allclose(predict(np.array([band]))[0], means, atol=0.012)
