@@ -87,13 +87,19 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Compute(msgspec.Struct, frozen=True, kw_only=True):
-    """How a node computes: a profile's name or ``native``, and what one row's step and one decode take."""
+    """How a node computes: a profile's name or ``native``, and what denoising and decoding take.
+
+    A denoiser call takes ``call_*`` once and ``step_*`` for each of its rows, of which it takes up to ``rows``.
+    """
 
     profile: Identifier
     step_seconds: Amount
     step_joules: Amount
     decode_seconds: Amount = 0.0
     decode_joules: Amount = 0.0
+    call_seconds: Amount = 0.0
+    call_joules: Amount = 0.0
+    rows: Annotated[int, Meta(ge=1)] = 8
 
 
 class Birth(Message, frozen=True, kw_only=True):

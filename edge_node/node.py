@@ -140,8 +140,8 @@ class EdgeNode:
                 failed = self._work(request, requests[request.request], (), planning)
                 tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
             return
-        planned = Planned(round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds)
-        tasks.create_task(session.publish(topic, planned))
+        spent = time.time() - planning
+        tasks.create_task(self._announce(session, order, messages, plan=plan, seconds=seconds, planning=spent))
         for route in plan.routes:
             incoming = requests[route.request]
             assert isinstance(incoming.message, Request)  # noqa: S101  only requests are gathered
@@ -150,6 +150,21 @@ class EdgeNode:
             cluster = next((i for i, c in enumerate(plan.clusters) if route.request in c.members), None)
             weight = plan.share(route.request)
             tasks.create_task(self._serve(session, work, group=(order.round, cluster), weight=weight))
+
+    async def _announce(
+        self,
+        session: Session,
+        order: Round,
+        asked: list[Request],
+        *,
+        plan: Plan,
+        seconds: dict[str, float],
+        planning: float,
+    ) -> None:
+        """Tell the plan with what is expected of it, now that the seconds of ``planning`` are known."""
+        expected = await asyncio.to_thread(self._planner.forecast, order, asked, plan, planning=planning)
+        planned = Planned(round=order.round, framework=order.framework, plan=_packed(expected), seconds=seconds)
+        await session.publish(session.topics.own(self._settings.name, "planned"), planned)
 
     def _work(
         self,

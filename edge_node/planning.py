@@ -66,6 +66,18 @@ class Planner:
         """
         self._encoder.forget()
         start = time.perf_counter()
+        batch = self._batch(order, asked)
+        plan = frameworks.load(order.framework)(batch)
+        self._check(plan, batch.requests)
+        return plan, {**batch.seconds, "total": time.perf_counter() - start}
+
+    def forecast(
+        self, order: messages.Round, asked: Sequence[messages.Request], plan: Plan, *, planning: float
+    ) -> Plan:
+        """The plan for these requests, after so many seconds of planning, with what is expected of it."""
+        return self._batch(order, asked).forecast(plan, planning=planning)
+
+    def _batch(self, order: messages.Round, asked: Sequence[messages.Request]) -> frameworks.Batch:
         requests = tuple(
             Request(id=r.request, device=r.reply, prompt=r.prompt, seed=r.seed, steps=r.steps)
             for r in sorted(asked, key=lambda r: r.request)
@@ -74,7 +86,7 @@ class Planner:
             if r.device not in self._nodes:
                 raise ValueError(f"device {r.device} asks for a picture but has not announced how it computes")
         devices = [r.device for r in requests]
-        batch = frameworks.Batch(
+        return frameworks.Batch(
             requests=requests,
             network=Network(
                 edge=self._edge,
@@ -92,9 +104,6 @@ class Planner:
             clusters=self._clusters,
             seed=order.seed,
         )
-        plan = frameworks.load(order.framework)(batch)
-        self._check(plan, requests)
-        return plan, {**batch.seconds, "total": time.perf_counter() - start}
 
     def _check(self, plan: Plan, requests: Sequence[Request]) -> None:
         if sorted(r.request for r in plan.routes) != sorted(r.id for r in requests):
@@ -110,4 +119,7 @@ def _state(compute: messages.Compute) -> NodeState:
         step_joules=compute.step_joules,
         decode_seconds=compute.decode_seconds,
         decode_joules=compute.decode_joules,
+        call_seconds=compute.call_seconds,
+        call_joules=compute.call_joules,
+        rows=compute.rows,
     )

@@ -91,6 +91,8 @@ def predicted_references(
             step_joules=c.step_joules,
             decode_seconds=c.decode_seconds,
             decode_joules=c.decode_joules,
+            call_seconds=c.call_seconds,
+            call_joules=c.call_joules,
         )
         for name, c in computes.items()
     }

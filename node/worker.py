@@ -42,6 +42,7 @@ class Worker:
         self._denoiser = denoiser
         self._pace = pace
         self._latent_dtype = latent_dtype
+        self._rows = rows
         self._engine = Engine({denoiser.name: denoiser}, pace, rows=rows)
         self._waiting: list[Job] = []
         self._running: dict[str, asyncio.Future[Done]] = {}
@@ -63,6 +64,7 @@ class Worker:
             step_joules=step.joules,
             decode_seconds=decode.seconds,
             decode_joules=decode.joules,
+            rows=self._rows,
         )
 
     @property

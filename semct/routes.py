@@ -88,11 +88,16 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The routes of a batch of requests, with the edge's compute share of each cluster."""
+    """The routes of a batch of requests, with the edge's compute share of each cluster.
+
+    ``predictions`` are the framework's; a testbed replaces all but the quality by its own (``semct.forecast``).
+    ``gap`` is how much a user's utility may fall short of the best on average, as the planner has proven.
+    """
 
     clusters: tuple[Cluster, ...]
     routes: tuple[Route, ...]
     predictions: dict[str, Prediction] = {}
+    gap: float = 0.0
 
     def share(self, request: str) -> float:
         """The compute share of the request's cluster (1 where it belongs to none)."""

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from semct.clustering import Dendrogram, Number, Partition, best_silhouette, dendrogram
 from semct.cost import Network, Weights
+from semct.forecast import forecast
 from semct.planner import tree, two_tier
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import MeanWriter, PublicPrompt, Writer, embed_prompts
@@ -138,6 +140,18 @@ class Batch:
                 sharing=sharing,
                 uniform=uniform,
             )
+
+    def forecast(self, plan: Plan, *, planning: float = 0.0) -> Plan:
+        """The plan with what every request is expected to get from engines and links after so long a ``planning``."""
+        predictions = forecast(
+            plan,
+            self.requests,
+            network=self.network,
+            weights=self.weights,
+            quality=self.quality,
+            planning=planning,
+        )
+        return msgspec.structs.replace(plan, predictions=predictions)
 
 
 Framework = Callable[[Batch], Plan]

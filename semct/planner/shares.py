@@ -9,11 +9,19 @@ _LEAST = 1e-6  # of the edge: a cluster without work there keeps a sliver, so th
 
 
 def shares(work: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares f (clusters,) that minimise sum_m weight_m work_m / f_m under sum_m f_m = 1.
+    """Shares f (clusters,) that minimise sum_m weight_m work_m / f_m under sum_m f_m <= 1, f_m >= 0.
 
-    By the Lagrangian, f_m is proportional to sqrt(weight_m work_m). ``work`` is a cluster's edge work A_m in
-    seconds of the whole edge, ``weight`` what a second of its latency costs: the number of its users N_m
-    where all count alike (the paper's case).
+    ``work`` is a cluster's edge work A_m in seconds of the whole edge, ``weight`` what a second of its latency
+    costs: the number of its users N_m where all count alike (the paper's case).
+
+    Derivation: with c_m = weight_m work_m the sum of c_m / f_m is convex and falls in each f_m, so all of the edge
+    is given away and the stationary point of the Lagrangian sum_m c_m / f_m + p (sum_m f_m - 1) is the optimum:
+    c_m / f_m^2 = p for every m, hence f_m = sqrt(c_m / p); and since the shares sum to 1,
+
+        f_m = sqrt(c_m) / sum_k sqrt(c_k),
+
+    at which the sum costs (sum_m sqrt(c_m))^2. (By Cauchy and Schwarz no other shares reach that.) The planner
+    searches splits with this square in place of the shares.
     """
     root = np.sqrt(work * weight)
     if root.sum() == 0:

@@ -1,14 +1,25 @@
-"""The first tier: the best splits of a cluster's requests for every amount of work that the edge may do for it."""
+"""The first tier: the best splits of a cluster's requests for the amounts of edge work that can be best at all.
+
+What a cluster's edge work A costs in time is concave in A, whatever the other clusters do: for fixed others, the
+planner's objective holds A below a root and linearly. On an edge of the lower convex hull of the cheapest costs over
+A, a concave function is least at an end. So only the corners of that hull matter, and a corner is what some *price*
+on edge work makes the best. Under a price users decide each for themselves, but for the longest shared length X:
+given X, the corners are found by merging the corners of all users' own curves in order of their slopes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from semct.cost import Network, Weights, device_only
+from semct.cost import Floats, Ints, Network, Users, Weights
 from semct.quality import QualityModel
 from semct.routes import Request
+
+_FLAT = 1e-12  # a corner bends more than that; less is rounding
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,106 +33,174 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
     """A cluster's costs in units of utility, so that splits are chosen by adding them up.
 
-    ``own`` (users, T + 1, T + 1) is what a user pays for its (x, y), infinite where x + y > T, without the
-    time at the edge; ``second`` is what one second of the edge's work costs the cluster's users together;
-    ``step`` the seconds of a step with the whole edge; ``joules`` the cost of the energy of a shared step.
+    ``own`` (users, X + 1, T + 1) is what a user loses by its (x, y), x at most X, infinite where x + y > T: its
+    utility with the sign turned, but without the time at the edge. ``corners``, of the same shape, marks for every
+    bound on x the corners of the convex hull over y. ``second`` is what one second of the edge's work costs the
+    cluster's users together; ``step`` the seconds of a row's step with the whole edge; ``joules`` the cost of the
+    energy of a shared step (as if the users who share it weighed energy like the cluster's average).
     """
 
-    own: NDArray[np.float64]
+    own: Floats
+    corners: NDArray[np.bool_]
     second: float
     step: float
     joules: float
 
 
 def costs(
-    requests: tuple[Request, ...],
-    similarity: NDArray[np.float64],
+    requests: Sequence[Request],
+    groups: Sequence[Sequence[int]],
+    similarity: Sequence[Floats],
     *,
     network: Network,
     weights: Weights,
     quality: QualityModel,
-) -> Costs:
-    """The costs of a cluster of requests with the same number of steps; ``similarity`` (users,) is phi."""
-    steps = requests[0].steps
-    if any(r.steps != steps for r in requests):
-        raise ValueError(
-            f"requests of one cluster must have the same number of steps, not {[r.steps for r in requests]}"
+    most_shared: int,
+    sharing: bool = True,
+) -> list[Costs]:
+    """The costs of each cluster; ``similarity`` (members,) is phi, group by group.
+
+    Raises ``ValueError`` where the requests of a cluster differ in their number of steps.
+    """
+    for group in groups:
+        if len({requests[i].steps for i in group}) > 1:
+            differing = [requests[i].steps for i in group]
+            raise ValueError(f"requests of one cluster must have the same number of steps, not {differing}")
+    made: dict[int, Costs] = {}
+    alike: dict[int, list[int]] = {}
+    for m, group in enumerate(groups):
+        alike.setdefault(requests[group[0]].steps, []).append(m)
+    for steps, numbers in alike.items():
+        longest = min(most_shared, steps) if sharing else 0
+        members = [requests[i] for m in numbers for i in groups[m]]
+        phi = np.concatenate([similarity[m] for m in numbers])
+        own, per_second, per_joule = _own(
+            members, phi, steps, longest, network=network, weights=weights, quality=quality
         )
-    edge = network.nodes[network.edge]
-    x, y = np.meshgrid(np.arange(steps + 1), np.arange(steps + 1), indexing="ij")
+        bends = corners(own)
+        edge = network.nodes[network.edge]
+        first = 0
+        for m in numbers:
+            mine = slice(first, first := first + len(groups[m]))
+            made[m] = Costs(
+                own=own[mine],
+                corners=bends[mine],
+                second=float(per_second[mine].sum()),
+                step=edge.full_seconds,
+                joules=float(per_joule[mine].mean()) * edge.full_joules,
+            )
+    return [made[m] for m in range(len(groups))]
+
+
+def _own(
+    members: Sequence[Request],
+    phi: Floats,
+    steps: int,
+    longest: int,
+    *,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+) -> tuple[Floats, Floats, Floats]:
+    """``Costs.own`` of these users, and what a second and a joule cost each of them."""
+    users, edge = Users.of(network, [r.device for r in members]), network.nodes[network.edge]
+    curve = quality.quality(phi[:, None], np.arange(longest + 1) * (quality.steps / steps))
+    reference = users.alone(steps, curve[:, 0])
+    per_second = weights.latency / reference.latency
+    metered = reference.energy > 0
+    per_joule = np.divide(weights.energy, reference.energy, out=np.zeros(len(phi)), where=metered)
+    x, y = np.meshgrid(np.arange(longest + 1), np.arange(steps + 1), indexing="ij")
     z = steps - x - y
-    own = np.empty((len(requests), steps + 1, steps + 1))
-    second = joule = 0.0
-    for n, request in enumerate(requests):
-        device = network.nodes[request.device]
-        down = network.downlinks[request.device]
-        curve = quality.quality(float(similarity[n]), np.arange(steps + 1) * (quality.steps / steps))
-        reference = device_only(network, request.device, steps, float(curve[0]))
-        per_second = weights.latency / reference.latency
-        per_joule = weights.energy / reference.energy if reference.energy > 0 else 0.0
-        offloaded = x + y > 0
-        latency = z * device.step_seconds + offloaded * down.seconds(network.latent_bytes)
-        energy = y * edge.step_joules + z * device.step_joules + offloaded * down.joules(network.latent_bytes)
-        own[n] = per_second * latency + per_joule * energy - weights.quality * curve[x] / reference.quality
-        own[n][z < 0] = np.inf
-        second += per_second
-        joule += per_joule / len(requests)
-    return Costs(own=own, second=second, step=edge.step_seconds, joules=joule * edge.step_joules)
+    # Whatever the split: the batch waits for the slowest request, decoding is the device's.
+    always = per_second * (users.asking_seconds().max() + users.decode_seconds) - weights.latency
+    always += per_joule * (users.asking_joules() + users.decode_joules) - weights.energy * metered
+    down = per_second * users.latent_seconds() + per_joule * users.latent_joules()
+    order = per_second * users.order_seconds() + per_joule * users.order_joules()
+    on_device = per_second * users.step_seconds + per_joule * users.step_joules
+    own = on_device[:, None, None] * z
+    own += (per_joule * edge.full_joules)[:, None, None] * y
+    own += np.where(x + y > 0, (always + down)[:, None, None], (always + order)[:, None, None])
+    own -= (weights.quality * curve / curve[:, :1])[:, :, None]
+    own[:, z < 0] = np.inf
+    return own, per_second, per_joule
+
+
+def corners(own: Floats) -> NDArray[np.bool_]:
+    """For every user and every bound on x: the corners (users, X + 1, T + 1) of the lower convex hull over y."""
+    best = np.minimum.accumulate(own, axis=1)
+    size = best.shape[-1]
+    found = np.ones(best.shape, dtype=bool)
+    for y in range(1, size - 1):
+        here = best[..., y, None]
+        before = ((here - best[..., :y]) / np.arange(y, 0, -1)).max(axis=-1)
+        after = ((best[..., y + 1 :] - here) / np.arange(1, size - y)).min(axis=-1)
+        found[..., y] = before < after - _FLAT
+    return found
 
 
 class Frontier:
-    """The least cost of a cluster for every amount of edge work A = max x + sum y, and the splits that reach it.
+    """The least cost of a cluster at the corners of its hull over edge work A = max x + sum y, and the splits there.
 
-    Given the longest shared length X, users' costs only add up, so the best way to spend sum y on them is a
-    knapsack, solved exactly by dynamic programming; X is enumerated. With ``uniform`` all users take the same
-    (x, y); without ``sharing`` x is 0, as it is for a cluster of one.
+    ``work`` and ``least`` hold them (and a few more points that splits reach), rising in work and falling in
+    cost. With ``uniform`` all users take the same (x, y), and all those choices are held; a cluster of one does not
+    share.
     """
 
-    def __init__(self, costs: Costs, *, most_shared: int, sharing: bool = True, uniform: bool = False) -> None:
-        users, size, _ = costs.own.shape
-        longest = min(most_shared, size - 1) if sharing and users > 1 else 0
-        self._own = costs.own
-        self._choices: list[list[NDArray[np.int64]]] = []
-        rows = []
-        for shared in range(longest + 1):
-            if uniform:
-                least = np.full(users * (size - 1) + 1, np.inf)
-                least[::users] = costs.own[:, shared, :].sum(axis=0)
-            else:
-                least = self._spend(costs.own[:, : shared + 1, :].min(axis=1))
-            row = np.full(longest + users * (size - 1) + 1, np.inf)
-            row[shared : shared + len(least)] = least + shared * costs.joules
-            rows.append(row)
-        table = np.stack(rows)
+    def __init__(self, costs: Costs, *, uniform: bool = False) -> None:
+        users, bounds, size = costs.own.shape
+        self._costs = costs
         self._uniform = uniform
-        self._shared = table.argmin(axis=0)
-        self.least: NDArray[np.float64] = table.min(axis=0)
+        self._best = np.minimum.accumulate(costs.own, axis=1)
+        longest = bounds - 1 if users > 1 else 0
+        least = np.full(longest + users * (size - 1) + 1, np.inf)
+        shared = np.zeros(len(least), dtype=np.int64)
+        for bound in range(longest + 1):
+            work, cost = self._same(bound) if uniform else self._chain(bound)
+            cheaper = cost < least[work]
+            least[work[cheaper]] = cost[cheaper]
+            shared[work[cheaper]] = bound
+        lowest = np.minimum.accumulate(least)
+        falls = np.flatnonzero(np.isfinite(least) & (np.diff(lowest, prepend=np.inf) < 0))
+        self.work: Ints = falls
+        self.least: Floats = least[falls]
+        self._shared = shared[falls]
 
-    def splits(self, work: int) -> list[Split]:
-        """The splits of least cost that take ``work`` steps on the edge, shared ones counted once."""
-        users = len(self._own)
-        shared = int(self._shared[work])
-        rest = work - shared
+    def splits(self, point: int) -> list[Split]:
+        """The splits of the point with this index."""
+        users, _, size = self._costs.own.shape
+        bound = int(self._shared[point])
+        rest = int(self.work[point]) - bound
         if self._uniform:
-            return [self._split(shared, rest // users)] * users
-        personal: list[int] = []
-        for choice in reversed(self._choices[shared]):
-            personal.append(int(choice[rest]))
-            rest -= personal[-1]
-        return [self._split(int(self._own[n, : shared + 1, y].argmin()), y) for n, y in enumerate(reversed(personal))]
+            return [Split(shared=bound, edge=rest // users, device=size - 1 - bound - rest // users)] * users
+        user, steps, _ = self._edges(bound)
+        taken = np.cumsum(steps) <= rest
+        edge = np.bincount(user[taken], weights=steps[taken], minlength=users).astype(np.int64)
+        shared = self._costs.own[np.arange(users), : bound + 1, edge].argmin(axis=1)
+        return [
+            Split(shared=x, edge=y, device=size - 1 - x - y)
+            for x, y in zip(shared.tolist(), edge.tolist(), strict=True)
+        ]
 
-    def _split(self, shared: int, edge: int) -> Split:
-        return Split(shared=shared, edge=edge, device=self._own.shape[1] - 1 - shared - edge)
+    def _edges(self, bound: int) -> tuple[Ints, Ints, Floats]:
+        """The edges of the users' hulls that lead down, the steepest first: user, steps, cost."""
+        user, y = np.nonzero(self._costs.corners[:, bound])
+        cost = np.diff(self._best[user, bound, y])
+        steps = np.diff(y)
+        down = (np.diff(user) == 0) & (cost < 0)
+        user, steps, cost = user[1:][down], steps[down], cost[down]
+        order = np.argsort(cost / steps, kind="stable")
+        return user[order], steps[order], cost[order]
 
-    def _spend(self, price: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The least cost for every sum of y; ``price`` (users, T + 1) is what each y costs each user."""
-        least = np.zeros(1)
-        choices = []
-        for row in price:
-            total = np.full((len(row), len(least) + len(row) - 1), np.inf)
-            for y, cost in enumerate(row):
-                total[y, y : y + len(least)] = least + cost
-            choices.append(total.argmin(axis=0))
-            least = total.min(axis=0)
-        self._choices.append(choices)
-        return least
+    def _chain(self, bound: int) -> tuple[Ints, Floats]:
+        """Work and cost where nobody shares more than ``bound`` steps, and so many are paid for."""
+        _, steps, cost = self._edges(bound)
+        work = bound + np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+        start = self._best[:, bound, 0].sum() + bound * self._costs.joules
+        return work, start + np.concatenate([[0.0], np.cumsum(cost)])
+
+    def _same(self, shared: int) -> tuple[Ints, Floats]:
+        """Work and cost where everybody shares this many steps and all have the same y."""
+        cost = self._costs.own[:, shared, :].sum(axis=0) + shared * self._costs.joules
+        possible = np.isfinite(cost)
+        work = shared + len(self._costs.own) * np.arange(len(cost))
+        return work[possible], cost[possible]

@@ -1,12 +1,32 @@
-"""Costs: the utility's zero point, weights, and links from unshaped to hopeless."""
+"""Costs: the utility's zero point, weights, links from unshaped to hopeless, and the time at a shared edge."""
 
 import math
 
+import msgspec
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semct.cost import Link, Network, NodeState, Outcome, Weights, device_only, utility
+from semct.cost import (
+    Link,
+    Network,
+    NodeState,
+    Outcome,
+    Outcomes,
+    Splits,
+    Users,
+    Weights,
+    airtime,
+    device_only,
+    edge_seconds,
+    serve,
+    utilities,
+    utility,
+)
+from semct.forecast import expect, forecast
+from semct.quality import load_quality_model
+from semct.routes import Cluster, Plan, Request, route
 
 positive = st.floats(1e-3, 1e6)
 outcomes = st.builds(Outcome, quality=st.floats(1e-3, 2), latency=positive, energy=positive)
@@ -54,7 +74,7 @@ def test_weights_that_are_none_are_refused(parts: tuple[float, float, float]) ->
 def test_an_unshaped_link_takes_its_delay() -> None:
     link = Link(delay=0.02, watts=1.0)
     assert link.seconds(10**9) == 0.02
-    assert link.airtime(10**9) == 0.0
+    assert airtime(10**9, link.rate) == 0.0
     assert link.joules(10**9) == 0.0
 
 
@@ -75,3 +95,142 @@ def test_device_only_is_all_steps_and_one_decode() -> None:
     node = NodeState(step_seconds=0.5, step_joules=3.0, decode_seconds=0.25, decode_joules=7.0)
     network = Network(edge="edge", nodes={"d": node}, uplinks={}, downlinks={}, latent_bytes=1)
     assert device_only(network, "d", 28, 0.9) == Outcome(quality=0.9, latency=14.25, energy=91.0)
+
+
+def test_a_lone_step_pays_for_its_call_alone() -> None:
+    node = NodeState(step_seconds=0.02, step_joules=1.0, call_seconds=0.08, call_joules=4.0, rows=8)
+    assert (node.lone_seconds, node.lone_joules) == (pytest.approx(0.10), pytest.approx(5.0))
+    assert (node.full_seconds, node.full_joules) == (pytest.approx(0.03), pytest.approx(1.5))
+
+
+def test_between_nodes_that_are_no_devices_nothing_limits_the_link() -> None:
+    up, down = Link(rate=1e6), Link(rate=2e6)
+    network = Network(edge="edge", nodes={}, uplinks={"d": up}, downlinks={"d": down}, latent_bytes=1)
+    assert network.link("d", "edge") == up
+    assert network.link("edge", "d") == down
+    assert network.link("edge", "cloud") == Link()
+
+
+@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=5), weights)
+def test_utilities_of_many_are_those_of_each(pairs: list[tuple[Outcome, Outcome]], w: Weights) -> None:
+    def arrays(column: int) -> Outcomes:
+        rows = [msgspec.structs.astuple(pair[column]) for pair in pairs]
+        quality, latency, energy = np.array(rows).T
+        return Outcomes(quality=quality, latency=latency, energy=energy)
+
+    found = utilities(arrays(0), arrays(1), w)
+    assert found.tolist() == pytest.approx([utility(outcome, reference, w) for outcome, reference in pairs])
+
+
+# The time at a shared edge
+
+QUALITY = load_quality_model("sd3-medium")
+STEPS = 28
+
+
+@st.composite
+def batches(draw: st.DrawFn, *, call: bool = False) -> tuple[Plan, tuple[Request, ...], Network]:
+    """A plan of random splits with random shares, over one edge and as many devices as requests."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    step = st.floats(0.01, 0.5)
+    fixed = draw(step) if call else 0.0
+    edge = NodeState(
+        step_seconds=draw(step), step_joules=10.0, call_seconds=fixed, call_joules=fixed, rows=draw(st.integers(1, 8))
+    )
+    names = [f"d{i}" for i in range(sum(sizes))]
+    link = st.builds(Link, rate=st.floats(1e6, 1e9), delay=st.floats(0, 0.1), watts=st.floats(0, 2))
+    network = Network(
+        edge="edge",
+        nodes={
+            "edge": edge,
+            **{n: NodeState(step_seconds=draw(step), step_joules=5.0, decode_seconds=0.1) for n in names},
+        },
+        uplinks={n: draw(link) for n in names},
+        downlinks={n: draw(link) for n in names},
+        latent_bytes=10_000,
+    )
+    requests = tuple(Request(id=n, device=n, prompt=f"wish of {n}", seed=1, steps=STEPS) for n in names)
+    left, routes, clusters = list(requests), [], []
+    raw = [draw(st.floats(0.2, 1)) for _ in sizes]
+    for m, size in enumerate(sizes):
+        members, left = left[:size], left[size:]
+        for r in members:
+            x = draw(st.integers(0, 13)) if size > 1 else 0
+            y = draw(st.integers(0, STEPS - x))
+            spans = (("edge", f"public {m}", x), ("edge", r.prompt, y), (r.device, r.prompt, STEPS - x - y))
+            routes.append(route(r, *((node, "m", prompt, steps) for node, prompt, steps in spans)))
+        clusters.append(
+            Cluster(
+                members=tuple(r.id for r in members),
+                public_prompt=f"public {m}",
+                source="medoid",
+                similarity=(0.5,) * size,
+                share=raw[m] / sum(raw),
+            )
+        )
+    return Plan(clusters=tuple(clusters), routes=tuple(routes)), requests, network
+
+
+@settings(max_examples=100)
+@given(batches())
+def test_the_closed_form_is_what_the_engine_does(made: tuple[Plan, tuple[Request, ...], Network]) -> None:
+    """But for whole rows and calls: a row waits for its turn and its call, and a cluster may be a call ahead."""
+    plan, requests, network = made
+    splits, edge = Splits.of(plan, "edge"), network.nodes["edge"]
+    users = Users.of(network, [r.device for r in requests])
+    quality = QUALITY.quality(0.5, splits.shared)
+    expected = serve(users, splits, edge, quality, planning=1.0)
+    found = forecast(plan, requests, network=network, weights=Weights(), quality=QUALITY, planning=1.0)
+    latency = np.array([found[r.id].latency for r in requests])
+    turn = (edge.rows + len(requests)) * edge.step_seconds
+    off = np.abs(latency - expected.latency)
+    assert off.max() <= 3 * turn
+    assert np.median(off) <= turn
+    assert [found[r.id].energy for r in requests] == pytest.approx(expected.energy)
+    assert [found[r.id].quality for r in requests] == pytest.approx(expected.quality)
+    # The same as predictions, but for the time of planning.
+    told = expect(requests, splits, np.full(len(requests), 0.5), network=network, weights=Weights(), quality=QUALITY)
+    assert [told[r.id].latency + 1.0 for r in requests] == pytest.approx(expected.latency)
+    assert [told[r.id].energy for r in requests] == pytest.approx(expected.energy)
+    # What a framework knows of its pictures stands.
+    better = {i: msgspec.structs.replace(p, quality=0.9) for i, p in told.items()}
+    plan = msgspec.structs.replace(plan, predictions=better)
+    found = forecast(plan, requests, network=network, weights=Weights(), quality=QUALITY)
+    assert {p.quality for p in found.values()} == {0.9}
+    # The last to leave does so when all work is done, whatever the order.
+    assert edge_seconds(splits, edge).max() == pytest.approx(splits.work.sum() * edge.step_seconds)
+
+
+@settings(max_examples=60)
+@given(batches(call=True))
+def test_the_edge_is_never_slower_than_in_the_papers_model(made: tuple[Plan, tuple[Request, ...], Network]) -> None:
+    plan, _, network = made
+    splits, edge = Splits.of(plan, "edge"), msgspec.structs.replace(network.nodes["edge"], call_seconds=0.0)
+    paper = splits.work / splits.share * edge.step_seconds
+    assert (edge_seconds(splits, edge) <= paper[splits.cluster] * (1 + 1e-9)).all()
+    # A call's own time only adds to that, the less of it the more rows ride along.
+    dear = edge_seconds(splits, network.nodes["edge"])
+    alone = edge_seconds(splits, msgspec.structs.replace(network.nodes["edge"], rows=1))
+    assert (edge_seconds(splits, edge) <= dear + 1e-9).all()
+    assert (dear <= alone + 1e-9).all()
+
+
+@given(batches())
+def test_every_step_on_the_edge_is_somebodys(made: tuple[Plan, tuple[Request, ...], Network]) -> None:
+    splits = Splits.of(made[0], "edge")
+    assert (splits.shared_part() + splits.edge).sum() == pytest.approx(splits.work.sum())
+    assert (splits.shared_part() <= splits.shared + 1e-9).all()
+
+
+def test_users_who_wait_alone_wait_for_the_edge_alone() -> None:
+    splits = Splits(
+        cluster=np.array([0, 0, 1]),
+        shared=np.array([4, 4, 0]),
+        edge=np.array([0, 6, 0]),
+        device=np.array([24, 18, 28]),
+        share=np.array([0.75, 0.25]),
+    )
+    edge = NodeState(step_seconds=0.5, step_joules=1.0)
+    # The first leaves at the split, the second goes on by itself, the third has no steps there at all; its
+    # cluster's share goes to the others.
+    assert edge_seconds(splits, edge).tolist() == pytest.approx([2.0, 5.0, 0.0])

@@ -1,0 +1,238 @@
+"""What a plan is expected to give every request.
+
+``expect`` says it in closed form and for thousands of requests, for plans that lead from one edge to devices.
+``forecast`` plays any routes over any nodes through in virtual time: it drives the engine that the nodes drive, with
+a denoiser that computes nothing and a clock that the cost model moves on. So whatever the engine does (steps shared,
+rows batched, clusters weighted) is in the forecast by construction, whichever framework made the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from semct.compute import Cost, Processor
+from semct.cost import (
+    Floats,
+    Network,
+    NodeState,
+    Outcome,
+    Splits,
+    Users,
+    Weights,
+    device_only,
+    serve,
+    utilities,
+    utility,
+)
+from semct.engine import Done, Engine, Job
+from semct.quality import QualityModel
+from semct.routes import Plan, Prediction, Request, Route, Segment
+
+_NOTHING = torch.empty(0)
+
+
+def expect(
+    requests: Sequence[Request],
+    splits: Splits,
+    similarity: Floats,
+    *,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+) -> dict[str, Prediction]:
+    """The predictions for requests with these splits, by their ids; ``similarity`` (requests,) is phi.
+
+    Planning takes no time here.
+    """
+    users, steps = Users.of(network, [r.device for r in requests]), np.array([r.steps for r in requests])
+    expected = quality.quality(similarity, splits.shared * quality.steps / steps)
+    outcomes = serve(users, splits, network.nodes[network.edge], expected)
+    gained = utilities(outcomes, users.alone(steps, quality.quality(similarity, 0.0)), weights)
+    columns = (outcomes.quality, outcomes.latency, outcomes.energy, gained)
+    return {
+        r.id: Prediction(quality=q, latency=t, energy=e, utility=u)
+        for r, q, t, e, u in zip(requests, *(c.tolist() for c in columns), strict=True)
+    }
+
+
+def forecast(
+    plan: Plan,
+    requests: Sequence[Request],
+    *,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+    planning: float = 0.0,
+) -> dict[str, Prediction]:
+    """Expected content quality, service latency, energy and utility of each request, by its id.
+
+    All ask at once. ``planning`` are the seconds from the last request's arrival to the plan, which everybody
+    waits for. Where the plan says what quality its framework expects, that stands; else it is what the curves say
+    of the steps with another prompt than the user's own. Raises ``KeyError`` for a route over a node that the
+    network does not know.
+    """
+    asked = [network.link(r.device, network.edge) for r in requests]
+    start = planning + max((link.seconds(network.request_bytes) for link in asked), default=0.0)
+    found = _Play(plan, requests, network).all(start)
+    similarity = {m: phi for c in plan.clusters for m, phi in zip(c.members, c.similarity, strict=True)}
+    routes = {r.request: r for r in plan.routes}
+    predictions = {}
+    for request, link in zip(requests, asked, strict=True):
+        latency, joules = found[request.id]
+        phi = similarity.get(request.id, 1.0)
+        best, expected = quality.quality(phi, [0.0, _foreign(routes[request.id], request.prompt, quality.steps)])
+        told = plan.predictions.get(request.id)
+        outcome = Outcome(
+            quality=float(expected) if told is None else told.quality,
+            latency=latency,
+            energy=joules + link.joules(network.request_bytes),
+        )
+        reference = device_only(network, request.device, request.steps, float(best))
+        predictions[request.id] = Prediction(
+            quality=outcome.quality,
+            latency=outcome.latency,
+            energy=outcome.energy,
+            utility=utility(outcome, reference, weights),
+        )
+    return predictions
+
+
+def _foreign(route: Route, prompt: str, scale: int) -> float:
+    """The steps that a route runs with another prompt than the user's own, as so many of ``scale`` steps."""
+    return sum(s.stop - s.start for s in route.segments if s.prompt != prompt) * scale / route.steps
+
+
+class _Leg(NamedTuple):
+    """Consecutive segments of a route on one node."""
+
+    node: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(eq=False)
+class _Way:
+    """A request on its way: the legs that are left, and the energy so far."""
+
+    route: Route
+    device: str
+    legs: list[_Leg]
+    joules: float = 0.0
+    begun: bool = False
+
+
+class _NoModel:
+    """Stands where the engine has a denoiser, and computes nothing."""
+
+    def noise(self, _: int) -> torch.Tensor:
+        return _NOTHING
+
+    def encode(self, *_: object) -> torch.Tensor:
+        return _NOTHING
+
+
+class _Node:
+    """A node with an engine, in its own time; it is its engine's processor."""
+
+    def __init__(self, state: NodeState, models: set[str]) -> None:
+        self.state = state
+        self.now = 0.0
+        self.ways: dict[str, _Way] = {}
+        self._arrivals: list[tuple[float, Job]] = []
+        denoisers: dict[str, Any] = dict.fromkeys(models, _NoModel())
+        self._engine = Engine(denoisers, cast("Processor", self), rows=state.rows, clock=lambda: self.now)
+
+    @property
+    def due(self) -> float:
+        """When its next call starts; infinite where it has nothing to do."""
+        if not self._engine.idle:
+            return self.now
+        return max(self.now, min((at for at, _ in self._arrivals), default=math.inf))
+
+    def take(self, at: float, way: _Way, job: Job) -> None:
+        """A request arrives."""
+        self.ways[job.request] = way
+        self._arrivals.append((at, job))
+
+    def call(self) -> list[Done]:
+        """The next call: who is there by then rides along."""
+        self.now = self.due
+        for at, job in self._arrivals:
+            if at <= self.now:
+                self._engine.submit(job)
+        self._arrivals = [(at, job) for at, job in self._arrivals if at > self.now]
+        return self._engine.call()
+
+    def step(self, _: object, latents: Sequence[object], *__: object) -> tuple[list[torch.Tensor], Cost]:
+        """What the engine asks of its processor."""
+        rows = len(latents)
+        seconds = self.state.call_seconds + rows * self.state.step_seconds
+        joules = self.state.call_joules + rows * self.state.step_joules
+        self.now += seconds
+        return [_NOTHING] * rows, Cost(seconds, joules, 0.0, overrun=False, modelled=True)
+
+
+class _Play:
+    """All requests of a plan on their ways through the network."""
+
+    def __init__(self, plan: Plan, requests: Sequence[Request], network: Network) -> None:
+        models = {s.model for r in plan.routes for s in r.segments}
+        visited = {s.node for r in plan.routes for s in r.segments}
+        devices = {r.id: r.device for r in requests}
+        self._network = network
+        self._shares = {m: (i, c.share) for i, c in enumerate(plan.clusters) for m in c.members}
+        self._nodes = {name: _Node(network.nodes[name], models) for name in visited}
+        self._ways = [
+            _Way(r, devices[r.request], [_Leg(n, tuple(s)) for n, s in groupby(r.segments, key=lambda s: s.node)])
+            for r in plan.routes
+        ]
+        self._found: dict[str, tuple[float, float]] = {}
+
+    def all(self, start: float) -> dict[str, tuple[float, float]]:
+        """Latency and energy of each request whose work leaves the planning edge at ``start``."""
+        for way in self._ways:
+            self._pass_on(way, self._network.edge, start)
+        while len(self._found) < len(self._ways):
+            # Nothing arrives before it was sent, so the node that is due first knows all that it will know then.
+            name, node = min(self._nodes.items(), key=lambda item: item[1].due)
+            for done in node.call():
+                way = node.ways.pop(done.job.request)
+                way.joules += done.joules
+                self._pass_on(way, name, done.finished)
+        return self._found
+
+    def _pass_on(self, way: _Way, sender: str, at: float) -> None:
+        """To the next node, or to the device, which decodes."""
+        receiver = way.legs[0].node if way.legs else way.device
+        if receiver != sender:
+            link = self._network.link(sender, receiver)
+            size = self._network.latent_bytes if way.begun else self._network.request_bytes
+            at += link.seconds(size)
+            way.joules += link.joules(size)
+        if not way.legs:
+            node = self._network.nodes[way.device]
+            self._found[way.route.request] = (at + node.decode_seconds, way.joules + node.decode_joules)
+            return
+        leg = way.legs.pop(0)
+        # As the nodes do it: the edge that planned weighs clusters, for others each request stands for itself.
+        group: Hashable = way.route.request
+        weight = 1.0
+        if not way.begun and receiver == self._network.edge:
+            group, weight = self._shares.get(way.route.request, (None, 1.0))
+        job = Job(
+            request=way.route.request,
+            seed=way.route.seed,
+            steps=way.route.steps,
+            segments=leg.segments,
+            latent=_NOTHING if way.begun else None,
+            group=group,
+            weight=weight,
+        )
+        way.begun = True
+        self._nodes[receiver].take(at, way, job)
