@@ -163,12 +163,13 @@ def _show(console: Console, folder: Path) -> None:
     """Print the table of a run, finished or not, and write its report."""
     from experiments.record import NotARun, Unwritable, load_run  # noqa: PLC0415
     from experiments.report import write_report  # noqa: PLC0415
-    from experiments.summary import render, summarise  # noqa: PLC0415
+    from experiments.summary import prediction_errors, render, render_errors, summarise  # noqa: PLC0415
 
     try:
         run = load_run(folder)
         if run.requests.height:
             console.print(render(summarise(run.requests, frameworks=run.info.frameworks)))
+            console.print(render_errors(prediction_errors(run.requests)))
         if run.info.overruns:
             console.print(f"[bold red]{run.info.overruns} overruns: emulated times are too long; raise `slowdown`[/]")
         console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)

@@ -21,15 +21,13 @@ from PIL import Image
 from experiments import figures
 from experiments.record import Run, RunInfo, Unwritable, load_run
 from experiments.summary import (
-    ENERGY,
-    LATENCY,
     MEASURES,
-    QUALITY,
-    UTILITY,
+    PREDICTED,
     Measure,
     best,
     decimals,
     paired,
+    prediction_errors,
     summarise,
 )
 
@@ -390,7 +388,7 @@ def _drawings(run: Run) -> Iterator[Drawing]:
         if used:
             alt = f"Stacked bars of {unit} per answered request; the numbers stand in the table beside them."
             yield Drawing(name, title, alt, figures.stacked(parts, used, unit=unit))
-    compared = [m for m in _PREDICTED if run.requests.drop_nulls([m.column, f"predicted_{m.column}"]).height]
+    compared = [m for m in PREDICTED if run.requests.drop_nulls([m.column, f"predicted_{m.column}"]).height]
     if compared:
         yield Drawing(
             "predictions",
@@ -398,9 +396,6 @@ def _drawings(run: Run) -> Iterator[Drawing]:
             "A point per request; on the dashed line prediction and measurement agree.",
             figures.predictions(run.requests, compared, summary["framework"].to_list()),
         )
-
-
-_PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
 
 
 def _spoken(summary: pl.DataFrame, measure: Measure) -> str:
@@ -440,20 +435,15 @@ def _parts_table(parts: pl.DataFrame, columns: dict[str, tuple[str, str]]) -> tu
 
 
 def _deviations(requests: pl.DataFrame) -> list[Line]:
-    """Per framework the median of |measured - predicted| / |measured|, in per cent."""
-    table = (
-        requests.filter(pl.any_horizontal(pl.col(f"predicted_{m.column}").is_not_null() for m in _PREDICTED))
-        .group_by("framework", maintain_order=True)
-        .agg(
-            (100 * (pl.col(m.column) - pl.col(f"predicted_{m.column}")).abs() / pl.col(m.column).abs())
-            .median()
-            .alias(m.column)
-            for m in _PREDICTED
-        )
-    )
+    """Per framework the typical error of its predictions, in per cent."""
     return [
-        Line(row["framework"], "", complete=True, cells=[Cell(_number(row[m.column], 1)) for m in _PREDICTED])
-        for row in table.iter_rows(named=True)
+        Line(
+            row["framework"],
+            "",
+            complete=True,
+            cells=[Cell("-" if row[m.column] is None else _number(100 * row[m.column], 1)) for m in PREDICTED],
+        )
+        for row in prediction_errors(requests).iter_rows(named=True)
     ]
 
 

@@ -38,6 +38,8 @@ ENERGY = Measure("energy_j", "energy", "J", more_is_better=False)
 TFLOP = Measure("tflop", "required TFLOPs", "", more_is_better=False)
 UTILITY = Measure("utility", "utility", "", more_is_better=True)
 MEASURES = (QUALITY, LATENCY, ENERGY, TFLOP, UTILITY)
+PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
+"""What a plan predicts of every request."""
 
 _COLUMNS = [m.column for m in MEASURES]
 _ANSWERED = pl.col("outcome") == "answered"
@@ -93,6 +95,24 @@ def paired(requests: pl.DataFrame, against: str) -> pl.DataFrame:
     )
 
 
+def prediction_errors(requests: pl.DataFrame) -> pl.DataFrame:
+    """One row per framework with predictions: the median over requests of |measured - predicted| / |measured|.
+
+    A column for each of ``PREDICTED``; null where nothing was predicted or measured, or only zero was.
+    """
+    return (
+        requests.filter(pl.any_horizontal(pl.col(f"predicted_{m.column}").is_not_null() for m in PREDICTED))
+        .group_by("framework", maintain_order=True)
+        .agg(
+            ((pl.col(m.column) - pl.col(f"predicted_{m.column}")).abs() / pl.col(m.column).abs())
+            .filter(pl.col(m.column) != 0)
+            .median()
+            .alias(m.column)
+            for m in PREDICTED
+        )
+    )
+
+
 def best(summary: pl.DataFrame, measure: Measure) -> list[bool]:
     """For each row, whether its value is the best of those that answered everyone; none if all are equal."""
     values = [
@@ -131,6 +151,25 @@ def render(summary: pl.DataFrame) -> Table:
         asked, answered = row["asked"], row["answered"]
         count = Text(f"{answered}/{asked}" if asked else "not run", "" if answered == asked else "bold red")
         table.add_row(Text(row["framework"]), count, *cells)
+    return table
+
+
+def render_errors(errors: pl.DataFrame) -> Table:
+    """The prediction errors for a terminal, in per cent."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title="Prediction error (%)",
+        title_justify="left",
+        caption="Median over requests of |measured - predicted| / |measured|.",
+        caption_justify="left",
+        header_style="bold",
+    )
+    table.add_column("framework", no_wrap=True, overflow="ellipsis")
+    for measure in PREDICTED:
+        table.add_column(measure.title, justify="right")
+    for row in errors.iter_rows(named=True):
+        values = (row[m.column] for m in PREDICTED)
+        table.add_row(Text(row["framework"]), *("-" if v is None else f"{100 * v:.1f}" for v in values))
     return table
 
 

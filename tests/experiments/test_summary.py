@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from experiments.record import RequestRow, schema
-from experiments.summary import ENERGY, QUALITY, best, decimals, paired, render, summarise, write_csv
+from experiments.summary import (
+    ENERGY,
+    QUALITY,
+    best,
+    decimals,
+    paired,
+    prediction_errors,
+    render,
+    render_errors,
+    summarise,
+    write_csv,
+)
 
 ROW = RequestRow(
     round="r", framework="semct", repetition=0, request="u", device="d", prompt="a cat", seed=7, steps=28,
@@ -153,6 +164,25 @@ def test_the_table_fits_80_columns_and_stars_the_best() -> None:
     assert "*0.320" in text
     assert "±0.014" in text
     assert "2/2" in text
+
+
+def test_prediction_errors_are_medians_over_requests() -> None:
+    def both(framework: str, measured: float, predicted: float, joules: float = 0.0) -> dict[str, Any]:
+        told = {"latency_s": measured, "predicted_latency_s": predicted, "energy_j": joules, "predicted_energy_j": 1.0}
+        return row(framework, "d1", 0.5, **told)
+
+    frame = requests(both("a", 10, 9), both("a", 10, 14), both("a", 4, 5), both("b", 2, 2, joules=2), row("c", "d1", 1))
+    found = prediction_errors(frame)
+    assert found["framework"].to_list() == ["a", "b"]
+    assert found["latency_s"].to_list() == pytest.approx([0.25, 0.0])
+    assert found["energy_j"].to_list() == [None, 0.5]  # nobody metered a
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_errors(found))
+    text = console.export_text()
+    assert [line.split() for line in text.splitlines() if line.split()[:1] in (["a"], ["b"])] == [
+        ["a", "-", "25.0", "-", "-"],
+        ["b", "-", "0.0", "50.0", "-"],
+    ]
 
 
 def test_markup_in_a_name_is_text() -> None:
