@@ -1,9 +1,10 @@
-# make demo: run the quickstart scenario.  make test: all checks.  Each does all of its own set-up in .venv.
+# make demo: run the quickstart scenario.  make test: all checks.  make test-kernel: those of links in the kernel, as
+# root where it has netem.  Each does all of its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test clean
+.PHONY: demo test test-kernel clean
 
 demo: .venv/ready
 	$(BIN)/semct run experiments/scenarios/quickstart.yaml
@@ -13,6 +14,9 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-kernel: .venv/ready
+	$(BIN)/python -m pytest -m kernel tests/kernel
 
 clean:
 	rm -rf .venv

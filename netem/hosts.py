@@ -40,6 +40,7 @@ _NO_IPV6_ADDRESS: Final = 1  # IN6_ADDR_GEN_MODE_NONE
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
 _RTMGRP_IPV4_ROUTE: Final = 0x40
+_CONGESTION: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _FORWARDING: Final = Path("/proc/sys/net/ipv4/ip_forward")
 
 # What stops an ordinary user, or root inside a container: the kernel's setting and the value that forbids.
@@ -296,7 +297,16 @@ class Hub:
         # The route chooses the congestion control of the connections over it: a namespace's own default is
         # limited to what the host permits there.
         metrics = {"cc_algo": self._congestion}
-        kernel.route("replace", dst=f"{peer}/32", oif=index, prefsrc=address, scope="link", metrics=metrics)
+        try:
+            kernel.route("replace", dst=f"{peer}/32", oif=index, prefsrc=address, scope="link", metrics=metrics)
+        except NetlinkError as error:
+            available = _CONGESTION.read_text().split()
+            if error.code != errno.EINVAL or self._congestion in available:
+                raise
+            raise AttachError(
+                f"this kernel has no TCP congestion control {self._congestion!r}: choose one of {', '.join(available)},"
+                f" or load it with `modprobe tcp_{self._congestion}`"
+            ) from error
         return index
 
     def _visit(self, name: str, work: Callable[[Host, int], Result]) -> Result:

@@ -18,6 +18,7 @@ goodput under loss depends on the segment size."""
 
 _QUEUE_SECONDS = 0.1  # of waiting packets that a derived queue holds, beside those on their way
 _LEAST_QUEUE = 64  # packets
+_LARGEST_QUEUE = 2**32 - 1
 _UNLIMITED = 1e10  # bit/s: what a link without a rate is taken for where its queue is derived
 
 
@@ -175,7 +176,7 @@ class LinkState(Part, frozen=True, kw_only=True):
             raise BadLink("`loss_correlation` needs a `loss`")
         if self.delay_correlation and not self.jitter:
             raise BadLink("`delay_correlation` needs a `jitter`")
-        if self.limit is not None and not 1 <= self.limit < 2**32:
+        if self.limit is not None and not 1 <= self.limit <= _LARGEST_QUEUE:
             raise BadLink(f"a queue holds at least 1 packet, not {self.limit}")
 
     @property
@@ -188,7 +189,7 @@ class LinkState(Part, frozen=True, kw_only=True):
             return self.limit
         rate = self.rate or _UNLIMITED
         seconds = self.delay + 4 * self.jitter + _QUEUE_SECONDS
-        return max(_LEAST_QUEUE, math.ceil(rate * seconds / (8 * MTU)))
+        return min(max(_LEAST_QUEUE, math.ceil(rate * seconds / (8 * MTU))), _LARGEST_QUEUE)
 
 
 class Link(Part, frozen=True, kw_only=True):

@@ -212,6 +212,19 @@ async def wrong_attachments() -> Any:
     return {"sentences": sentences, "left": left}
 
 
+async def unknown_congestion() -> Any:
+    """What attach says to a congestion control that the kernel does not have, and what is left of the attempt."""
+    device = Device()
+    async with Hub(PlainLinks(), congestion="vegetarian") as hub:
+        try:
+            await hub.attach("phone", device.pid)
+        except AttachError as error:
+            sentence = str(error)
+        left = interfaces()
+    device.kill()
+    return {"sentence": sentence, "left": left}
+
+
 def threads() -> Any:
     """Entering the hub with a second thread."""
     done = threading.Event()

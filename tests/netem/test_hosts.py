@@ -143,6 +143,17 @@ def test_what_attach_says_when_it_cannot() -> None:
     assert result["left"] == ["device1", "lo"]
 
 
+@pytest.mark.usefixtures("permitted")
+def test_an_unknown_congestion_control_is_named_beside_those_there_are() -> None:
+    available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    result = play("unknown_congestion")
+    assert result["sentence"] == (
+        f"this kernel has no TCP congestion control 'vegetarian': choose one of {', '.join(available)},"
+        " or load it with `modprobe tcp_vegetarian`"
+    )
+    assert result["left"] == ["lo"]
+
+
 def test_a_process_with_threads_may_not_enter() -> None:
     assert "while the process has one thread, but it has 2" in play("threads")
 
