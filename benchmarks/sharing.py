@@ -3,14 +3,22 @@
 ``python benchmarks/sharing.py writers``: which public prompt gives the best pictures per shared step. Sixteen clusters
 of captions, five members each; for every writer, k steps with the cluster's public prompt and the rest with each
 member's own, all from one noise; the scorer's mean over the 80 pictures.
+
+``python benchmarks/sharing.py levels``: what sharing at several levels saves at equal measured quality. Fifty users of
+the emulated cell (RTX 3090 Ti, A100, SD3 Medium's pace), planned by every framework for a range of weights of quality
+against energy, and drawn; once with the cell's 30 captions, so that some users ask for the same, once with 50 different
+ones.
+Work is counted in steps of 12 TFLOP, each distinct one once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +28,16 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.scenario import PromptSet, _load
-from semct.compute import Native
+from semct import frameworks
+from semct.cache import CacheSettings, LatentCache
+from semct.clustering import Number
+from semct.compute import EMULATED_MODELS, PROFILES, Native
+from semct.cost import Link, Network, NodeState, Weights
 from semct.diffusion import Denoiser
 from semct.engine import Engine, Job
-from semct.prompts import load_sentence_encoder
+from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import LanguageModelWriter, MeanWriter, MedoidWriter, PublicPrompt, RandomMemberWriter, Writer
-from semct.quality import Scorer, load_scorer
+from semct.quality import Scorer, load_quality_model, load_scorer
 from semct.routes import Request, Route, route
 
 STEPS = 28
@@ -40,6 +52,12 @@ CLUSTERS = (
 )
 MEMBERS = 5
 SHARED = (8, 12, 16, 20)
+
+USERS = 50
+STEP_TFLOP = 12
+CELL = ("animals-in-the-snow", "vehicles-at-sunset", "food-at-the-beach")
+DISTINCT = (*CELL, "plants-in-the-forest", "things-in-a-living-room", "dogs-here-and-there")
+QUALITY_WEIGHTS = (0.3, 0.5, 0.4, 0.6, 0.8)
 
 
 def draw(denoiser: Denoiser, routes: Iterable[Route]) -> tuple[dict[str, NDArray[np.uint8]], int]:
@@ -114,6 +132,120 @@ def shared_runs(
     return np.array([found[name] for name in prompts])
 
 
+def levels(denoiser: Denoiser, scorer: Scorer, console: Console) -> None:
+    """The work and the measured quality of semct, semct-tree and hierarchical."""
+    encoder = load_sentence_encoder()
+    writer = LanguageModelWriter.load("smollm2", encoder)
+    groups = prompt_groups()
+    cell = [p for name in CELL for p in groups[name]]
+    distinct = list(dict.fromkeys(p for name in DISTINCT for p in groups[name]))
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "semct-tree": ("semct-tree", {}),
+        f"semct, K = 3, at most {STEPS}": ("semct", {"clusters": 3, "most_shared": STEPS}),
+        f"semct, K by utility, at most {STEPS}": ("semct", {"clusters": "utility", "most_shared": STEPS}),
+        "semct, K = 3, at most 13": ("semct", {"clusters": 3, "most_shared": 13}),
+    }
+    for title, prompts in {
+        "the cell's captions": [cell[i % len(cell)] for i in range(USERS)],
+        "different captions": distinct[:USERS],
+    }.items():
+        console.print(f"{title}: framework | weight of quality | TFLOP | score | predicted score | planned in, CPU")
+        points: dict[str, list[Point]] = {}
+        runs = [(label, w) for w in QUALITY_WEIGHTS for label in ways] + [("hierarchical", 0.5)]
+        for label, weight in runs:
+            name, more = ways.get(label, (label, {}))
+            batch = cell_batch(encoder, writer, prompts, weight, **more)
+            started = time.process_time()
+            plan = frameworks.load(name)(batch)
+            took = time.process_time() - started
+            pictures, steps = draw(denoiser, plan.routes)
+            found = scores(scorer, pictures, {r.id: r.prompt for r in batch.requests})
+            point = Point(steps * STEP_TFLOP, float(np.mean(list(found.values()))))
+            points.setdefault(label, []).append(point)
+            predicted = np.mean([p.quality for p in plan.predictions.values()])
+            row = f"{weight:g} | {point.tflop:.0f} | {point.score:.3f} | {predicted:.3f} | {1000 * took:.0f} ms"
+            console.print(f"{label} | {row}", highlight=False)
+        console.print(savings(points))
+
+
+class Point(NamedTuple):
+    """What one plan took and gave."""
+
+    tflop: float
+    score: float
+
+
+def savings(points: Mapping[str, Sequence[Point]]) -> Table:
+    """What each framework takes at the quality of each plan of semct, against the least that any semct takes for it."""
+    table = Table("score", "semct", *(label for label in points if not label.startswith("semct,")))
+    semct = [p for label, found in points.items() if label.startswith("semct,") for p in found]
+    for target in sorted({p.score for p in semct}, reverse=True):
+        base = least(semct, target)
+        cells = []
+        for label, found in points.items():
+            if not label.startswith("semct,"):
+                other = least(found, target)
+                cells.append("-" if other is None or base is None else f"{other:.0f} ({other / base - 1:+.0%})")
+        if base is not None:
+            table.add_row(f"{target:.3f}", f"{base:.0f}", *cells)
+    return table
+
+
+def least(points: Sequence[Point], score: float) -> float | None:
+    """The least TFLOP of a plan that reaches a score, or of a mixture of two of them that does so on average."""
+    reached = [p.tflop for p in points if p.score >= score]
+    for above in points:
+        for below in points:
+            if below.score < score <= above.score and below.tflop < above.tflop:
+                part = (score - below.score) / (above.score - below.score)
+                reached.append(below.tflop + part * (above.tflop - below.tflop))
+    return min(reached, default=None)
+
+
+def cell_batch(
+    encoder: SentenceEncoder,
+    writer: Writer,
+    prompts: Sequence[str],
+    weight: float,
+    *,
+    clusters: Number = 3,
+    most_shared: int = 13,
+) -> frameworks.Batch:
+    """A batch of the emulated cell: what weight the quality leaves is the energy's, which goes with the work."""
+    model = EMULATED_MODELS["sd3-medium"]
+
+    def state(profile: str) -> NodeState:
+        seconds, decode = (t / PROFILES[profile].tflops for t in (model.step_tflop, model.decode_tflop))
+        watts = PROFILES[profile].watts
+        return NodeState(
+            step_seconds=seconds, step_joules=watts * seconds, decode_seconds=decode, decode_joules=watts * decode
+        )
+
+    devices = [f"device-{i}" for i in range(len(prompts))]
+    return frameworks.Batch(
+        requests=tuple(
+            Request(id=f"r{i}", device=d, prompt=p, seed=SEED, steps=STEPS)
+            for i, (d, p) in enumerate(zip(devices, prompts, strict=True))
+        ),
+        network=Network(
+            edge="edge",
+            nodes={"edge": state("a100"), **dict.fromkeys(devices, state("rtx-3090-ti"))},
+            uplinks=dict.fromkeys(devices, Link(rate=20e6, delay=0.01, watts=0.2)),
+            downlinks=dict.fromkeys(devices, Link(rate=50e6, delay=0.01, watts=1.0)),
+            latent_bytes=model.latent_bytes,
+        ),
+        weights=Weights(quality=weight, latency=0.0, energy=1 - weight),
+        quality=load_quality_model("embedded"),
+        encoder=encoder,
+        writer=writer,
+        model="embedded",
+        clusters=clusters,
+        most_shared=most_shared,
+        seed=SEED,
+        cache=LatentCache(CacheSettings(), latent_bytes=model.latent_bytes),
+    )
+
+
 def prompt_groups() -> dict[str, tuple[str, ...]]:
     """The groups of captions that come with the package."""
     path = Path(__file__).parents[1] / "experiments" / "prompts" / "embedded.yaml"
@@ -121,7 +253,7 @@ def prompt_groups() -> dict[str, tuple[str, ...]]:
     return {g.name: g.prompts for g in prompts.groups}
 
 
-PARTS = {"writers": writers}
+PARTS = {"writers": writers, "levels": levels}
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ Blend = Annotated[tuple[Prompt, ...], Meta(min_length=2, max_length=64)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Step = Annotated[int, Meta(ge=0, le=1000)]
 Amount = Annotated[float, Meta(ge=0)]  # no NaN either
+Count = Annotated[int, Meta(ge=0)]
 Time = Amount
 
 
@@ -206,6 +207,17 @@ class Planned(Message, frozen=True, kw_only=True):
     error: str = ""
 
 
+class CacheCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the edge's cache of latents did in a round: requests that started from what was there or coming and those
+    that did not, steps that this saved, latents dropped; and the bytes that it holds at the end."""
+
+    hits: Count = 0
+    misses: Count = 0
+    steps_saved: Count = 0
+    evictions: Count = 0
+    bytes: Count = 0
+
+
 class Spent(Message, frozen=True, kw_only=True):
     """Node to runner, when a round is over on it: totals that no single request shows."""
 
@@ -217,6 +229,7 @@ class Spent(Message, frozen=True, kw_only=True):
     busy: Amount
     joules: Amount
     overruns: int
+    cache: CacheCounts | None = None
 
 
 class Close(Message, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from edge_node.planning import DeviceLinks, Planner
 from node.serving import Deliveries, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
+from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Weights
 from semct.routes import Plan, Route
@@ -34,6 +35,7 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
     weights: Weights = Weights()
     quality: str = "embedded"
     writer: str = "smollm2"
+    cache: CacheSettings = CacheSettings()
     links: dict[str, DeviceLinks] = msgspec.field(default_factory=dict)
 
 
@@ -83,8 +85,9 @@ class EdgeNode:
                     case Close(round=None):
                         break
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
-                        self._rounds.pop(round_id, None)
                         spent = self._worker.spent(round_id)
+                        if over := self._rounds.pop(round_id, None):
+                            spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
                         tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
 
     def _meet(self, birth: Birth) -> None:
@@ -148,8 +151,8 @@ class EdgeNode:
             work = self._work(incoming.message, incoming, legs[route.request], planning)
             work = msgspec.structs.replace(work, seed=route.seed, steps=route.steps)
             cluster = next((i for i, c in enumerate(plan.clusters) if route.request in c.members), None)
-            weight = plan.share(route.request)
-            tasks.create_task(self._serve(session, work, group=(order.round, cluster), weight=weight))
+            weight, cache = plan.share(route.request), self._planner.cache(order) if plan.caching else None
+            tasks.create_task(self._serve(session, work, group=(order.round, cluster), weight=weight, cache=cache))
 
     async def _announce(
         self,
@@ -199,9 +202,11 @@ class EdgeNode:
             deadline=request.deadline,
         )
 
-    async def _serve(self, session: Session, work: Work, *, group: object, weight: float) -> None:
+    async def _serve(
+        self, session: Session, work: Work, *, group: object, weight: float, cache: LatentCache | None = None
+    ) -> None:
         try:
-            work = await self._worker.carry(work, group=group, weight=weight)
+            work = await self._worker.carry(work, group=group, weight=weight, cache=cache)
             if not work.route and self._settings.model not in self._holders.get(work.reply, ()):
                 work = await self._worker.decode(work)
         except ValueError as error:

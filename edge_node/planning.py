@@ -9,6 +9,7 @@ import msgspec
 
 from broker import messages
 from semct import frameworks
+from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Link, Network, NodeState, Weights
 from semct.prompts import SentenceEncoder
@@ -41,6 +42,7 @@ class Planner:
         quality: QualityModel,
         encoder: SentenceEncoder,
         writer: Writer,
+        cache: CacheSettings,
     ) -> None:
         self._edge = edge
         self._nodes = {edge: _state(compute)}
@@ -53,10 +55,27 @@ class Planner:
         self._quality = quality
         self._encoder = encoder
         self._writer = writer
+        self._cache = cache
+        self._caches: dict[str, LatentCache] = {}
 
     def meet(self, name: str, compute: messages.Compute) -> None:
         """Learn how a node computes."""
         self._nodes[name] = _state(compute)
+
+    def cache(self, order: messages.Round) -> LatentCache:
+        """The cache of the round's framework: its own, from its first round on or new for each."""
+        key = order.framework if self._cache.lasts == "run" else order.round
+        if key not in self._caches:
+            if self._cache.lasts == "round":
+                self._caches.clear()
+            self._caches[key] = LatentCache(self._cache, latent_bytes=self._latent_bytes)
+        return self._caches[key]
+
+    def cache_report(self, order: messages.Round) -> messages.CacheCounts | None:
+        """What the round's cache did, if its framework uses one."""
+        counts = self.cache(order).report()
+        used = counts.hits or counts.misses
+        return msgspec.convert(counts, messages.CacheCounts, from_attributes=True) if used else None
 
     def plan(self, order: messages.Round, asked: Sequence[messages.Request]) -> tuple[Plan, dict[str, float]]:
         """The plan for these requests, and the wall seconds of each part of planning and in total.
@@ -103,6 +122,7 @@ class Planner:
             model=self._model,
             clusters=self._clusters,
             seed=order.seed,
+            cache=self.cache(order),
         )
 
     def _check(self, plan: Plan, requests: Sequence[Request]) -> None:

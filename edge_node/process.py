@@ -49,6 +49,7 @@ def main(arguments: dict[str, Any]) -> int:
         quality=load_quality_model(settings.quality),
         encoder=encoder,
         writer=writer,
+        cache=settings.cache,
     )
     asyncio.run(EdgeNode(settings, worker, planner).run())
     return 0

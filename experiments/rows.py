@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from broker.messages import Compute, Stage
+from broker.messages import Compute, Spent, Stage
 from experiments.record import NodeRow, RequestRow
 from experiments.scenario import Radio, Scenario
 from experiments.served import Served
@@ -54,11 +55,26 @@ def node_rows(served: Served, *, edge: str, memory: Mapping[str, float], ended: 
                 busy_s=spent.busy if spent else 0.0,
                 energy_j=spent.joules if spent else 0.0,
                 overruns=spent.overruns if spent else 0,
+                **_cached(spent),
                 memory_mib=memory.get(node),
                 alive=node not in ended,
             )
         )
     return found
+
+
+def _cached(spent: Spent | None) -> dict[str, Any]:
+    """The cache's columns of a node's row."""
+    if spent is None or spent.cache is None:
+        return {}
+    c = spent.cache
+    return {
+        "cache_hits": c.hits,
+        "cache_misses": c.misses,
+        "cache_steps_saved": c.steps_saved,
+        "cache_evictions": c.evictions,
+        "cache_mb": c.bytes / 1e6,
+    }
 
 
 def with_utility(rows: Sequence[RequestRow], weights: Weights, references: Mapping[str, Outcome]) -> list[RequestRow]:

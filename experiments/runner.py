@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -28,6 +29,7 @@ from experiments.record import LinkRow, RequestRow, RunFolder
 from experiments.scenario import Scenario, load_prompts, to_yaml
 from experiments.served import Served
 from semct import frameworks
+from semct.cache import CacheSettings
 from semct.compute import check_names
 from semct.cost import Weights
 from semct.quality import Scorer, load_quality_model, load_scorer
@@ -341,6 +343,7 @@ def edge_settings(scenario: Scenario) -> EdgeSettings:
         most_shared=scenario.planning.most_shared,
         quality=scenario.planning.quality,
         writer=scenario.planning.writer,
+        cache=msgspec.convert(scenario.planning.cache, CacheSettings, from_attributes=True),
     )
 
 

@@ -51,6 +51,18 @@ class Devices(Part, frozen=True, kw_only=True):
     compute: str = "rtx-3090-ti"
 
 
+class Cache(Part, frozen=True, kw_only=True):
+    """The edge's cache of intermediate latents: its size, what it drops, and how long a framework's cache lasts.
+
+    ``lcbfu`` is NIRVANA's policy; ``gain`` weighs uses and steps saved against size and age. A cache that lasts a
+    ``round`` is new for every framework and repetition, one that lasts the ``run`` is new for every framework.
+    """
+
+    megabytes: Positive = 256.0
+    policy: Literal["lru", "lfu", "lcbfu", "gain"] = "gain"
+    lasts: Literal["round", "run"] = "round"
+
+
 class Planning(Part, frozen=True, kw_only=True):
     """How frameworks plan: number of clusters K (or how to find it), who words public prompts, which quality curves.
 
@@ -60,6 +72,7 @@ class Planning(Part, frozen=True, kw_only=True):
     clusters: Count | Literal["utility", "silhouette"] = 3
     most_shared: Steps = 13
     writer: str = "smollm2"
+    cache: Cache = Cache()
     quality: str = "embedded"
 
 

@@ -163,6 +163,7 @@ class Simulator:
             quality=load_quality_model(settings.quality),
             encoder=self._encoder,
             writer=self._writer(settings.writer),
+            cache=settings.cache,
         )
         for device in device_settings(scenario):
             planner.meet(device.name, self._pace(device.profile, scenario)[0])

@@ -18,6 +18,7 @@ from PIL import Image
 from broker.messages import Compute, Spent, Stage, Work
 from node.latents import pack, unpack
 from node.settings import NodeSettings
+from semct.cache import LatentCache
 from semct.compute import Processor, processor
 from semct.diffusion import Denoiser
 from semct.engine import Done, Engine, Job, Totals
@@ -85,10 +86,13 @@ class Worker:
                     if not waiter.cancelled():
                         waiter.set_result(done)
 
-    async def carry(self, work: Work, *, group: Hashable = None, weight: float = 1.0) -> Work:
+    async def carry(
+        self, work: Work, *, group: Hashable = None, weight: float = 1.0, cache: LatentCache | None = None
+    ) -> Work:
         """Run the segments of the route that are this node's turn, and return the work that is left.
 
-        ``group`` and ``weight`` are the request's cluster and its share of the node. Raises ``ValueError``
+        ``group`` and ``weight`` are the request's cluster and its share of the node; a ``cache`` may hold its first
+        steps, and takes them in. Raises ``ValueError``
         for work that cannot be done here: another model, a missing or misshapen latent, a request that is
         already under way.
         """
@@ -106,6 +110,7 @@ class Worker:
             latent=None if work.latent is None else unpack(work.latent, self._denoiser.latent_shape),
             group=group,
             weight=weight,
+            cache=cache,
         )
         waiter: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         self._running[work.request] = waiter

@@ -17,6 +17,7 @@ from itertools import pairwise
 import msgspec
 from torch import Tensor
 
+from semct.cache import LatentCache, Prefix
 from semct.compute import Cost, Processor
 from semct.diffusion import Denoiser
 from semct.routes import Prompt, Segment
@@ -26,7 +27,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request's consecutive segments on this node.
 
     ``latent`` is where the first segment starts from; none means the noise of ``seed`` (and a start at 0).
-    ``group`` is the request's cluster and ``weight`` the cluster's share of this node's compute, above 0.
+    ``group`` is the request's cluster and ``weight`` the cluster's share of this node's compute, above 0. A first
+    segment that starts from noise takes from the ``cache`` what is there, and leaves there what it makes.
     """
 
     request: str
@@ -36,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     latent: Tensor | None = None
     group: Hashable = None
     weight: float = 1.0
+    cache: LatentCache | None = None
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +91,14 @@ class _Rider:
     def is_last(self) -> bool:
         return self.segment == len(self.job.segments) - 1
 
+    @property
+    def prefix(self) -> Prefix | None:
+        """What the cache knows of this segment."""
+        first = self.job.segments[0]
+        if self.job.cache is None or self.segment > 0 or first.start > 0:
+            return None
+        return Prefix(seed=self.job.seed, steps=self.job.steps, model=first.model, prompt=first.prompt)
+
 
 @dataclass(eq=False)
 class _Track:
@@ -99,6 +110,7 @@ class _Track:
     group: Hashable
     latents: dict[int, Tensor]  # every step's, as long as the track lives: later riders may split earlier
     riders: list[_Rider] = field(default_factory=list)
+    cache: LatentCache | None = None
 
 
 class Engine:
@@ -178,26 +190,41 @@ class Engine:
     def _board(self, rider: _Rider, origin: tuple[Hashable, ...], latent: Tensor) -> None:
         """Put a rider on the track of its current segment, which starts from ``latent``."""
         segment = rider.job.segments[rider.segment]
-        key = (origin, rider.job.steps, segment.start, segment.model, segment.prompt)
+        key: tuple[Hashable, ...] = (origin, rider.job.steps, segment.start, segment.model, segment.prompt)
         track = self._tracks.get(key)
+        if track is not None and rider.stop not in track.latents and rider.stop < track.step:
+            key = (*key, rider.job.request)  # the track began from the cache behind this rider's split
+            track = None
         if track is None:
-            track = self._tracks[key] = _Track(
-                key=key,
-                model=segment.model,
-                prompt=segment.prompt,
-                step=segment.start,
-                steps=rider.job.steps,
-                group=rider.job.group,
-                latents={segment.start: latent},
-            )
+            track = self._lay(rider, key, latent)
         if rider.stop <= track.step:  # a latecomer whose split this track has already passed
             self._alight(rider, track)
         else:
+            self._tracks[track.key] = track
             track.riders.append(rider)
+
+    @staticmethod
+    def _lay(rider: _Rider, key: tuple[Hashable, ...], latent: Tensor) -> _Track:
+        """A new track for a rider's current segment, from ``latent`` or from what the cache has nearer to its split."""
+        segment, prefix, cache = rider.job.segments[rider.segment], rider.prefix, rider.job.cache
+        found = cache.find(prefix, segment.stop) if cache is not None and prefix is not None else None
+        step, start = found or (segment.start, latent)
+        return _Track(
+            key=key,
+            model=segment.model,
+            prompt=segment.prompt,
+            step=step,
+            steps=rider.job.steps,
+            group=rider.job.group,
+            latents={segment.start: latent, step: start},
+            cache=cache if prefix is not None else None,
+        )
 
     def _alight(self, rider: _Rider, track: _Track) -> None:
         """Take a rider off at its split, with the latent there: out, or onto its next segment's track."""
         latent = track.latents[rider.stop]
+        if rider.job.cache is not None and rider.prefix is not None:
+            rider.job.cache.reached(rider.prefix, rider.stop)
         if rider.is_last:
             now = self._clock()
             self._done.append(
@@ -261,6 +288,8 @@ class Engine:
             self._charge(track, started, cost, 1 / len(tracks))
             track.step += 1
             track.latents[track.step] = latent
+            if track.cache is not None and (prefix := track.riders[0].prefix) is not None:
+                track.cache.keep(prefix, track.step, latent)
         for track in tracks:
             leaving = [r for r in track.riders if r.stop == track.step]
             track.riders = [r for r in track.riders if r.stop > track.step]

@@ -358,10 +358,13 @@ class LanguageModelWriter:
 
 
 def embed_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Vectors:
-    """Return the unit vectors of prompts, float32 (n, d); a blend's is the mean of its prompts' at unit length."""
+    """Return the vectors of prompts, float32 (n, d): at unit length, but for a blend the mean of its prompts'.
+
+    So the similarity to a blend is the mean cosine to its prompts. At unit length it would be the cosine to their
+    centroid, which overrates a blend: pictures come out as with a sentence of the lower figure.
+    """
     words = [[p] if isinstance(p, str) else list(p) for p in prompts]
-    means = [encoder.embed(w).mean(axis=0) for w in words]
-    return np.stack([m / np.linalg.norm(m) for m in means]) if means else encoder.embed([])
+    return np.stack([encoder.embed(w).mean(axis=0) for w in words]) if words else encoder.embed([])
 
 
 def shared_wording(members: Sequence[str]) -> list[str]:

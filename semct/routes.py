@@ -92,12 +92,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     ``predictions`` are the framework's; a testbed replaces all but the quality by its own (``semct.forecast``).
     ``gap`` is how much a user's utility may fall short of the best on average, as the planner has proven.
+    ``caching`` says that the edge looks their first segments up in the framework's cache, and keeps them there.
     """
 
     clusters: tuple[Cluster, ...]
     routes: tuple[Route, ...]
     predictions: dict[str, Prediction] = {}
     gap: float = 0.0
+    caching: bool = False
 
     def share(self, request: str) -> float:
         """The compute share of the request's cluster (1 where it belongs to none)."""

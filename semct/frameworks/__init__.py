@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from semct.cache import LatentCache
 from semct.clustering import Dendrogram, Number, Partition, best_silhouette, dendrogram
 from semct.cost import Network, Weights
 from semct.forecast import forecast
@@ -39,7 +40,8 @@ class Batch:
     """What a framework plans on: the requests of a round, the state of the network, and its tools.
 
     ``clusters`` is the wanted number of clusters K, or how to find it, ``most_shared`` bounds a request's shared
-    steps, ``seed`` drives every random choice, ``seconds`` collects the wall time of each part of planning.
+    steps, ``seed`` drives every random choice, ``cache`` holds what earlier requests of this framework left on the
+    edge, ``seconds`` collects the wall time of each part of planning.
     """
 
     requests: tuple[Request, ...]
@@ -52,6 +54,7 @@ class Batch:
     clusters: Number
     most_shared: int
     seed: int
+    cache: LatentCache
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -157,20 +160,26 @@ class Batch:
 Framework = Callable[[Batch], Plan]
 
 _registered: dict[str, Framework] = {}
+_online: set[str] = set()
 
 
 class UnknownFramework(ValueError):
     """No framework of that name is here or in an installed package."""
 
 
-def framework(name: str) -> Callable[[Framework], Framework]:
-    """Register a planning function under a name; raises ``ValueError`` where the name is taken."""
+def framework(name: str, *, online: bool = False) -> Callable[[Framework], Framework]:
+    """Register a planning function under a name; raises ``ValueError`` where the name is taken.
+
+    One that is ``online`` plans requests as they come, whoever is there, instead of a batch of them.
+    """
 
     def register(function: Framework) -> Framework:
         taken = _registered.get(name)
         if taken is not None and taken.__module__ != function.__module__:
             raise ValueError(f"framework {name!r} of {function.__module__} is already in {taken.__module__}")
         _registered[name] = function
+        if online:
+            _online.add(name)
         return function
 
     return register
@@ -180,6 +189,12 @@ def names() -> list[str]:
     """The names of all frameworks, those of installed packages too."""
     _discover()
     return sorted(_registered)
+
+
+def is_online(name: str) -> bool:
+    """Whether the framework of that name plans requests as they come; raises ``UnknownFramework``."""
+    load(name)
+    return name in _online
 
 
 def load(name: str) -> Framework:

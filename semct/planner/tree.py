@@ -27,15 +27,13 @@ from semct.planner.shares import shares
 from semct.quality import QualityModel
 from semct.routes import Cluster, Plan, Prediction, Prompt, Request, blend, route
 
-_EQUAL = 1 - 1e-6  # as in clustering: equal prompts may fall short of a cosine of 1 by its last bits
-
 
 class PromptTree:
     """A dendrogram of n prompts with the mean of the prompts below each node, and how near each of them is to it.
 
     Leaves are nodes 0 to n - 1, merges n to 2n - 2, the last is the root. ``members`` are the prompts below each node
-    and ``similarity`` their cosines to its mean, or to its medoid where ``words`` are wanted: what a sentence can
-    reach lies between the two.
+    and ``similarity`` what each has to all of them on average (as ``public_prompt.embed_prompts`` has it for a mean),
+    or to their medoid where ``words`` are wanted.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class PromptTree:
             own = vectors[below].astype(np.float64)
             target = own[medoid(own)] if words else own.mean(axis=0)
             self.members.append(below)
-            self.similarity.append(np.clip(own @ target / max(float(np.linalg.norm(target)), 1e-12), -1, 1))
+            self.similarity.append(np.clip(own @ target, -1, 1))
 
     @property
     def leaves(self) -> int:
@@ -105,9 +103,9 @@ def prices(
     references = [device_only(network, r.device, steps, alone) for r in requests]
     second = np.array([weights.latency / r.latency for r in references])
     joule = np.array([weights.energy / r.energy if r.energy > 0 else 0.0 for r in references])
-    step = second.mean() * waiting * edge.step_seconds + joule * edge.step_joules
-    device = np.array([network.nodes[r.device].step_seconds for r in requests]) * second
-    device += np.array([network.nodes[r.device].step_joules for r in requests]) * joule
+    step = second.mean() * waiting * edge.full_seconds + joule * edge.full_joules
+    device = np.array([network.nodes[r.device].lone_seconds for r in requests]) * second
+    device += np.array([network.nodes[r.device].lone_joules for r in requests]) * joule
     down = [network.downlinks[r.device] for r in requests]
     transfer = np.array([d.seconds(network.latent_bytes) for d in down]) * second
     transfer += np.array([d.joules(network.latent_bytes) for d in down]) * joule
@@ -124,10 +122,9 @@ def prices(
 
 
 def lost(quality: QualityModel, similarity: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
-    """The score (n, T + 1) that k shared steps cost at each similarity (n,); equal prompts lose none."""
+    """The score (n, T + 1) that k shared steps cost at each similarity (n,)."""
     at = np.arange(steps + 1) * (quality.steps / steps)
-    curves = quality.quality(similarity[:, None], at[None, :])
-    return np.where(similarity[:, None] >= _EQUAL, 0.0, curves[:, :1] - curves)
+    return np.asarray(quality.quality(1.0, 0.0) - quality.quality(similarity[:, None], at[None, :]))
 
 
 def best_stops(tree: PromptTree, price: Prices, quality: QualityModel) -> NDArray[np.int64]:
@@ -249,7 +246,7 @@ def plan(
     references = [device_only(network, r.device, steps, alone) for r in requests]
     work = [sharing.work(g, root) + sum(own[n] for n in g) for g in sharing.groups.values()]
     waiting = [sum(weights.latency / references[n].latency for n in g) for g in sharing.groups.values()]
-    share = shares(np.array(work) * edge.step_seconds, np.array(waiting))
+    share = shares(np.array(work) * edge.full_seconds, np.array(waiting))
     clusters, routes, predictions = [], {}, {}
     for m, (head, group) in enumerate(sharing.groups.items()):
         public = tree.prompt(head)
@@ -262,19 +259,19 @@ def plan(
             spans = [(network.edge, model, tree.prompt(node), run) for node, run in path]
             spans += [(network.edge, model, request.prompt, own[n]), (request.device, model, request.prompt, left)]
             routes[n] = route(msgspec.structs.replace(request, seed=seed) if path else request, *spans)
-            outcome = _outcome(
+            expected = outcome(
                 request,
                 network,
-                quality=alone - _lost_on(tree, path, n, quality, steps),
-                waiting=(sharing.trunk + work[m] / float(share[m])) * edge.step_seconds,
+                quality=_expected_score(tree, path, n, quality, steps),
+                waiting=(sharing.trunk + work[m] / float(share[m])) * edge.full_seconds,
                 part=sum(run / len(tree.members[node]) for node, run in path) + own[n],
                 left=left,
             )
             predictions[request.id] = Prediction(
-                quality=outcome.quality,
-                latency=outcome.latency,
-                energy=outcome.energy,
-                utility=utility(outcome, references[n], weights),
+                quality=expected.quality,
+                latency=expected.latency,
+                energy=expected.energy,
+                utility=utility(expected, references[n], weights),
             )
         clusters.append(
             Cluster(
@@ -289,20 +286,16 @@ def plan(
     return Plan(clusters=tuple(clusters), routes=ordered, predictions=predictions)
 
 
-def _lost_on(
+def _expected_score(
     tree: PromptTree, path: Sequence[tuple[int, int]], request: int, quality: QualityModel, steps: int
 ) -> float:
-    """The score that a request loses on its shared steps."""
-    total, at = 0.0, 0
-    for node, run in path:
-        phi = tree.similarity[node][tree.members[node] == request]
-        fall = lost(quality, phi, steps)[0]
-        total += float(fall[at + run] - fall[at])
-        at += run
-    return total
+    """The score of a request that goes through these nodes, so many steps each."""
+    phi = [float(tree.similarity[node][tree.members[node] == request][0]) for node, _ in path]
+    stops = np.cumsum([run for _, run in path]) * (quality.steps / steps)
+    return float(quality.quality_of_segments(phi, stops) if path else quality.quality(1.0, 0.0))
 
 
-def _outcome(request: Request, network: Network, *, quality: float, waiting: float, part: float, left: int) -> Outcome:
+def outcome(request: Request, network: Network, *, quality: float, waiting: float, part: float, left: int) -> Outcome:
     """What a request gets that waits for the edge, with its part of the edge's steps and those left to its device."""
     device, edge = network.nodes[request.device], network.nodes[network.edge]
     up, down = network.uplinks[request.device], network.downlinks[request.device]
@@ -311,11 +304,11 @@ def _outcome(request: Request, network: Network, *, quality: float, waiting: flo
         quality=quality,
         latency=up.seconds(network.request_bytes)
         + (waiting + down.seconds(size) if size else 0.0)
-        + left * device.step_seconds
+        + left * device.lone_seconds
         + device.decode_seconds,
         energy=up.joules(network.request_bytes)
-        + part * edge.step_joules
+        + part * edge.full_joules
         + down.joules(size)
-        + left * device.step_joules
+        + left * device.lone_joules
         + device.decode_joules,
     )

@@ -16,6 +16,7 @@ from PIL import Image
 from broker.messages import (
     Ask,
     Birth,
+    CacheCounts,
     Close,
     Compute,
     Picture,
@@ -34,6 +35,7 @@ from edge_node.planning import Planner
 from node.latents import pack
 from node.worker import Worker
 from semct import frameworks
+from semct.cache import CacheSettings
 from semct.compute import Emulated, EmulatedModel, Profile
 from semct.cost import Weights
 from semct.diffusion import Denoiser
@@ -118,6 +120,7 @@ async def cell(
         quality=load_quality_model("sd3-medium"),
         encoder=encoder,
         writer=MedoidWriter(encoder),
+        cache=CacheSettings(),
     )
     whats = ("birth", "request", "result", "picture", "planned", "spent")
     topics = [TOPICS.every(w) for w in whats]  # type: ignore[arg-type]
@@ -140,7 +143,10 @@ async def cell(
             task.result()  # what it failed with, if it did
 
 
-@pytest.mark.parametrize("framework", ["semct", "semantic-free", "clustering-free", "edge-device", "device-only"])
+FRAMEWORKS = ["semct", "semantic-free", "clustering-free", "edge-device", "device-only"]
+
+
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "hybrid", "semct-tree", "hierarchical"])
 async def test_a_round_ends_with_the_pictures_of_its_plan(cell: Cell, framework: str) -> None:
     await cell.order(framework, requests=3)
     for number in range(3):
@@ -173,6 +179,28 @@ async def test_a_round_ends_with_the_pictures_of_its_plan(cell: Cell, framework:
     assert spent.rows == pytest.approx(done)
     assert spent.rows == steps_by_node(plan.routes).get("edge", 0)
     assert (spent.rows == 0) is (framework == "device-only")
+
+
+async def test_what_one_request_leaves_in_the_cache_is_counted_for_the_next(cell: Cell) -> None:
+    await cell.order("cached", requests=3, window=0.1)
+    await cell.ask(0, request="first")
+    (first,) = await cell.ear.until(Result, request="first")
+    await cell.ask(1, request="second")
+    await cell.ask(2, request="third")
+    await cell.ear.until(Result, 2)
+    await cell.ear.session.publish(TOPICS.inbox("edge", "control"), Close(round="1"))
+    (spent,) = await cell.ear.until(Spent)
+    assert first.outcome == "answered"
+    assert spent.cache is not None
+    assert spent.cache.hits + spent.cache.misses == 3
+    assert spent.cache.misses >= 1
+    # The edge reports what happened in this round alone.
+    await cell.order("cached", requests=1, name="2")
+    await cell.ask(0, request="again", name="2")
+    await cell.ear.until(Result, request="again")
+    await cell.ear.session.publish(TOPICS.inbox("edge", "control"), Close(round="2"))
+    (spent,) = await cell.ear.until(Spent, round="2")
+    assert spent.cache == CacheCounts(misses=1, bytes=spent.cache.bytes if spent.cache else -1)
 
 
 def crash(batch: frameworks.Batch) -> Plan:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from semct import frameworks
+from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number, by_entity
 from semct.cost import Link, Network, NodeState, Weights
 from semct.frameworks import Batch, UnknownFramework
@@ -18,6 +19,8 @@ from semct.quality import load_quality_model
 from semct.routes import Plan, Request, shared_steps, steps_by_node
 
 BUILT_IN = [
+    "cached",
+    "semct-async",
     "clustering-free",
     "device-only",
     "edge-device",
@@ -69,6 +72,7 @@ def batch(encoder: SentenceEncoder, *, seed: int = 7, prompts: list[str] | None 
         clusters=clusters,
         most_shared=13,
         seed=seed,
+        cache=LatentCache(CacheSettings(), latent_bytes=512 * 1024),
     )
 
 

@@ -1,0 +1,229 @@
+"""Planning requests one after the other, each with what is running or cached already.
+
+A request may start from a *prefix*, the first steps of some prompt from some noise, which earlier requests have made
+the edge run. What that saves is the steps; what it costs is read from the quality curve at the similarity of the two
+prompts: so similarity decides how many steps can be skipped, as NIRVANA's table does. A request that no prefix serves
+better than its own steps founds a new one, and the next one may use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from semct.cache import LatentCache, Prefix
+from semct.cost import Network, Weights, device_only, utility
+from semct.planner.shares import shares
+from semct.planner.tree import Prices, lost, outcome, prices
+from semct.quality import QualityModel
+from semct.routes import Cluster, Plan, Prediction, Prompt, Request, Route, blend, route
+
+_NEIGHBOURS = (0, 1, 2, 4)  # recent prompts that a new public prompt may take in
+_FORESEEN = 16  # recent prompts, the most similar ones, that stand for requests to come
+_HOPE = 0.5  # of those like them, so many are expected
+
+
+class _Start(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request begins: ``shared`` steps of a prefix, of which the edge still runs ``fresh`` ones for it."""
+
+    prefix: Prefix
+    vector: NDArray[np.float32]
+    similarity: float
+    shared: int
+    fresh: int
+    cost: float
+    known: bool
+
+
+class _Known(NamedTuple):
+    """Prefixes with their vectors (n, d), and by prefix and step of sharing (n, T + 1) fresh steps and cost."""
+
+    prefixes: list[Prefix]
+    vectors: NDArray[np.float32]
+    similarity: NDArray[np.float64]
+    fresh: NDArray[np.int64]
+    cost: NDArray[np.float64]
+
+
+def plan(
+    requests: Sequence[Request],
+    vectors: NDArray[np.float32],
+    cache: LatentCache,
+    *,
+    model: str,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+    most_shared: int,
+    foresee: bool,
+) -> Plan:
+    """Routes for requests in their order; ``vectors`` (n, d) are their prompts' unit vectors.
+
+    With ``foresee``, a new prefix may run on the mean of the request's and some recent prompts, where that promises
+    more for requests to come than it costs this one; without, it runs ``most_shared`` steps of the request's own.
+    """
+    for request, vector in zip(requests, vectors, strict=True):
+        cache.recent.append((request.prompt, vector))
+    starts: list[_Start | None] = []
+    own: list[int] = []
+    for n, (request, vector) in enumerate(zip(requests, vectors, strict=True)):
+        # Whoever is under way at the edge, and whoever has come with this one, waits for its steps.
+        waiting = cache.running + len(requests) - n
+        price = prices([request], network=network, weights=weights, quality=quality, waiting=waiting)
+        arrival = _Arrival(request, vector, price, cache, quality, model)
+        new = arrival.foreseeing(most_shared) if foresee else arrival.own(most_shared)
+        best = min((o for o in (arrival.join(), new) if o is not None), key=lambda o: o.cost, default=None)
+        if foresee and best is not None and best.cost >= price.rest[0, 0]:
+            best = None
+        if best is None:
+            cache.miss()
+        else:
+            cache.plan(best.prefix, best.vector, best.shared)
+        starts.append(best)
+        own.append(int(price.edge[0, best.shared if best else 0]))
+    return _routes(requests, starts, own, model=model, network=network, weights=weights, quality=quality)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A request that has come, and the ways in which it may begin."""
+
+    request: Request
+    vector: NDArray[np.float32]
+    price: Prices
+    cache: LatentCache
+    quality: QualityModel
+    model: str
+
+    def join(self) -> _Start | None:
+        """The best start from a prefix that is there or coming, if any saves steps."""
+        prefixes, theirs, similarity, fresh, cost = self._known(self.vector)
+        cost = np.where(fresh < np.arange(self.request.steps + 1), cost, np.inf)
+        if not np.isfinite(cost).any():
+            return None
+        at, step = (int(i) for i in np.unravel_index(int(np.argmin(cost)), cost.shape))
+        return _Start(
+            prefix=prefixes[at],
+            vector=theirs[at],
+            similarity=float(similarity[at]),
+            shared=step,
+            fresh=int(fresh[at, step]),
+            cost=float(cost[at, step]),
+            known=True,
+        )
+
+    def own(self, most_shared: int) -> _Start | None:
+        """A new prefix of the request's own prompt: what it may save later is unknown, and does not count."""
+        shared = min(most_shared, self.request.steps)
+        cost = float(shared * self.price.step[0] + self.price.rest[0, shared])
+        return self._new(self.request.prompt, self.vector, 1.0, shared, cost) if shared else None
+
+    def foreseeing(self, most_shared: int) -> _Start | None:
+        """The new prefix that promises most: its cost here, less what it would save requests like recent ones.
+
+        Recent prompts count only as far as no known prefix serves them already.
+        """
+        request, price = self.request, self.price
+        longest = min(most_shared, request.steps)
+        others = [(p, v) for p, v in self.cache.recent if p != request.prompt]
+        others.sort(key=lambda other: -float(other[1] @ self.vector))
+        near = others[:_FORESEEN]
+        served = np.array([min(self._known(v).cost.min(initial=np.inf), price.rest[0, 0]) for _, v in near])
+        best: _Start | None = None
+        for count in sorted({min(c, len(near)) for c in _NEIGHBOURS}) if longest else ():
+            mean = np.mean([self.vector, *(v for _, v in near[:count])], axis=0).astype(np.float32)
+            phi = np.clip(np.array([self.vector @ mean, *(v @ mean for _, v in near)], np.float64), -1, 1)
+            paid = price.quality[0] * lost(self.quality, phi, request.steps) + price.rest[0]
+            saved = np.maximum(served[:, None] - np.minimum.accumulate(paid[1:], axis=1), 0).sum(axis=0)
+            worth = (paid[0] + np.arange(request.steps + 1) * price.step[0] - _HOPE * saved)[1 : longest + 1]
+            if best is None or worth.min() < best.cost - 1e-12:
+                prompt = blend([request.prompt, *(p for p, _ in near[:count])])
+                best = self._new(prompt, mean, float(phi[0]), int(worth.argmin()) + 1, float(worth.min()))
+        return best
+
+    def _new(self, prompt: Prompt, vector: NDArray[np.float32], similarity: float, shared: int, cost: float) -> _Start:
+        prefix = Prefix(seed=self.request.seed, steps=self.request.steps, model=self.model, prompt=prompt)
+        return _Start(
+            prefix=prefix, vector=vector, similarity=similarity, shared=shared, fresh=shared, cost=cost, known=False
+        )
+
+    def _known(self, vector: NDArray[np.float32]) -> _Known:
+        """The known prefixes, and what they are for a prompt of this vector."""
+        steps = self.request.steps
+        known, theirs = self.cache.prefixes(steps, self.model)
+        similarity = np.clip((theirs @ vector if known else np.empty(0)).astype(np.float64), -1, 1)
+        fresh = np.array([self.cache.fresh_steps(p) for p in known], dtype=np.int64).reshape(-1, steps + 1)
+        paid = self.price.quality[0] * lost(self.quality, similarity, steps) + self.price.rest[0]
+        return _Known(known, theirs, similarity, fresh, fresh * self.price.step[0] + paid)
+
+
+def _routes(
+    requests: Sequence[Request],
+    starts: Sequence[_Start | None],
+    own: Sequence[int],
+    *,
+    model: str,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+) -> Plan:
+    """The plan of these starts; requests of one prefix are a cluster."""
+    groups: dict[Prefix | str, list[int]] = {}
+    for n, (request, start) in enumerate(zip(requests, starts, strict=True)):
+        groups.setdefault(start.prefix if start else request.id, []).append(n)
+    edge = network.nodes[network.edge]
+    fresh = [s.fresh if s else 0 for s in starts]
+    alone = float(quality.quality(1.0, 0.0))
+    references = [device_only(network, r.device, r.steps, alone) for r in requests]
+    work = [sum(fresh[n] + own[n] for n in g) for g in groups.values()]
+    waiting = [sum(weights.latency / references[n].latency for n in g) for g in groups.values()]
+    share = shares(np.array(work) * edge.full_seconds, np.array(waiting))
+    clusters, predictions = [], {}
+    routes: dict[int, Route] = {}
+    for m, group in enumerate(groups.values()):
+        for n in group:
+            request, start = requests[n], starts[n]
+            shared = start.shared if start else 0
+            left = request.steps - shared - own[n]
+            prompt: Prompt = start.prefix.prompt if start else request.prompt
+            begun = msgspec.structs.replace(request, seed=start.prefix.seed) if start else request
+            routes[n] = route(
+                begun,
+                (network.edge, model, prompt, shared),
+                (network.edge, model, request.prompt, own[n]),
+                (request.device, model, request.prompt, left),
+            )
+            fall = lost(quality, np.array([start.similarity]), request.steps)[0, shared] if start else 0.0
+            expected = outcome(
+                request,
+                network,
+                quality=alone - float(fall),
+                waiting=work[m] / float(share[m]) * edge.full_seconds,
+                part=fresh[n] + own[n],
+                left=left,
+            )
+            predictions[request.id] = Prediction(
+                quality=expected.quality,
+                latency=expected.latency,
+                energy=expected.energy,
+                utility=utility(expected, references[n], weights),
+            )
+        first = starts[group[0]]
+        public: Prompt = first.prefix.prompt if first else requests[group[0]].prompt
+        words = "member" if isinstance(public, str) else "mean"
+        clusters.append(
+            Cluster(
+                members=tuple(requests[n].id for n in group),
+                public_prompt=public,
+                source="cache" if first and first.known else words,
+                similarity=tuple(s.similarity if (s := starts[n]) else 1.0 for n in group),
+                share=float(share[m]),
+            )
+        )
+    ordered = tuple(routes[n] for n in range(len(requests)))
+    return Plan(clusters=tuple(clusters), routes=ordered, predictions=predictions, caching=True)
