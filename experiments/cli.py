@@ -116,6 +116,34 @@ def simulate(
         _give_up(error)
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study that comes with the package (paper-table1, ...), or a file.")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="Another number of seeds than the study's.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where the folder with tables and figures goes.")] = Path("runs"),
+) -> None:
+    """Repeat a study of the paper on the models, beside the paper's numbers."""
+    from experiments.simulation import SimulationFailed  # noqa: PLC0415
+    from experiments.study_output import play  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
+    from semct.quality import QualityModelError  # noqa: PLC0415
+
+    try:
+        play(name, Console(), seeds=seeds, runs=runs)
+    except (
+        BadScenario,
+        LanguageModelError,
+        OSError,
+        QualityModelError,
+        SimulationFailed,
+        UnknownFramework,
+        UnknownProfile,
+    ) as error:
+        _give_up(error)
+
+
 @app.command("frameworks")
 def list_frameworks() -> None:
     """List the inference frameworks that a scenario can name."""

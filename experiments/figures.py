@@ -45,9 +45,10 @@ PALETTE = {
 }
 """Each light colour's name as a CSS variable, and its value on a dark page."""
 
+INK = "#1c2024"
 _LIGHT = {name: light for light, (name, _) in PALETTE.items()}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "semct",
     "text.parse_math": False,
@@ -81,7 +82,7 @@ def bars(summary: pl.DataFrame, measure: Measure) -> str:
     names, means = summary["framework"].to_list(), summary[measure.column].to_list()
     spreads = summary[f"{measure.column}_std"].to_list()
     places = decimals(means)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _horizontal(names)
         reach = [(mean or 0.0) + (spread or 0.0) for mean, spread in zip(means, spreads, strict=True)]
         right = max([0.0, *reach]) or 1.0
@@ -90,7 +91,7 @@ def bars(summary: pl.DataFrame, measure: Measure) -> str:
                 said = "no value" if summary["asked"][row] else "not run"
                 axes.text(right * 0.02, row, said, va="center", color=_LIGHT["soft"])
                 continue
-            axes.barh(row, mean, height=0.62, color=_colour(row))
+            axes.barh(row, mean, height=0.62, color=colour(row))
             if spread:
                 axes.errorbar(mean, row, xerr=spread, fmt="none", color=_LIGHT["ink"], elinewidth=0.8, capsize=2)
             axes.text(max(reach[row], 0.0) + right * 0.03, row, f"{mean:.{places}f}", va="center")
@@ -102,7 +103,7 @@ def bars(summary: pl.DataFrame, measure: Measure) -> str:
 
 def tradeoff(summary: pl.DataFrame) -> str:
     """Content quality against service latency: better is up and to the left."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 2.7), layout="constrained")
         axes = figure.subplots()
         for index, row in enumerate(summary.iter_rows(named=True)):
@@ -112,7 +113,7 @@ def tradeoff(summary: pl.DataFrame) -> str:
             xerr, yerr = row[f"{LATENCY.column}_std"] or 0.0, row[f"{QUALITY.column}_std"] or 0.0
             axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=_LIGHT["line"], elinewidth=1.0, zorder=1)
             axes.scatter(
-                x, y, s=32, color=_colour(index), marker=_marker(index), label=_short(row["framework"]), zorder=2
+                x, y, s=32, color=colour(index), marker=marker(index), label=_short(row["framework"]), zorder=2
             )
         axes.set_xlabel(LATENCY.label)
         axes.set_ylabel(QUALITY.label)
@@ -128,7 +129,7 @@ def stacked(parts: pl.DataFrame, columns: Mapping[str, tuple[str, str]], *, unit
     totals = [sum(row) for row in parts.select(*columns).fill_null(0.0).iter_rows()]
     places, right = decimals(totals), max([0.0, *totals]) or 1.0
     rows_of_legend = -(-len(columns) // 3)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _horizontal(names, extra=0.19 * rows_of_legend)
         left = [0.0] * len(names)
         for column, (label, colour) in columns.items():
@@ -148,7 +149,7 @@ def predictions(requests: pl.DataFrame, measures: Sequence[Measure], frameworks:
 
     ``frameworks`` are all of the run, also those without a point, so that colours are those of the other figures.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 1.75 * -(-len(measures) // 2) + 0.5), layout="constrained")
         grid = figure.subplots(-(-len(measures) // 2), 2, squeeze=False)
         first = None
@@ -164,8 +165,8 @@ def predictions(requests: pl.DataFrame, measures: Sequence[Measure], frameworks:
                     own[predicted],
                     own[measure.column],
                     s=9,
-                    color=_colour(index),
-                    marker=_marker(index),
+                    color=colour(index),
+                    marker=marker(index),
                     alpha=0.75,
                     linewidths=0,
                     label=_short(name),
@@ -226,11 +227,11 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:23]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
     return _LIGHT[f"f{index % 8}"]
 
 
-def _marker(index: int) -> str:
+def marker(index: int) -> str:
     """Beyond the eighth framework colours come back with other markers."""
     return _MARKERS[(index + index // 8) % 8]
 

@@ -11,6 +11,7 @@ import yaml
 from msgspec import Meta
 
 from broker.messages import Name
+from netem.link import BadLink, decode_quantity
 
 FOLDER = Path(__file__).parent
 
@@ -157,7 +158,7 @@ class BadScenario(ValueError):
 
 def load_scenario(path: Path) -> Scenario:
     """The scenario in a YAML file; raises ``BadScenario``."""
-    scenario: Scenario = _load(path, Scenario, "scenario")
+    scenario: Scenario = load_part(path, Scenario, "scenario")
     weights = scenario.utility
     if abs(weights.quality + weights.latency + weights.energy - 1) > 1e-6:
         raise BadScenario(f"{path}: the weights under `utility` must sum to 1, these are {weights}")
@@ -183,7 +184,7 @@ def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:
             f"there is no prompt set {wanted.set!r}: it is neither a file {path} nor one of those that come "
             f"with the package ({have})"
         )
-    prompts: PromptSet = _load(path, PromptSet, "prompt set")
+    prompts: PromptSet = load_part(path, PromptSet, "prompt set")
     groups = {g.name: g for g in prompts.groups}
     unknown = [name for name in wanted.groups if name not in groups]
     if unknown:
@@ -205,7 +206,8 @@ def to_yaml(scenario: Scenario) -> str:
     return yaml.safe_dump(msgspec.to_builtins(scenario), sort_keys=False, allow_unicode=True)
 
 
-def _load(path: Path, kind: type[Any], what: str) -> Any:
+def load_part(path: Path, kind: Any, what: str) -> Any:
+    """The YAML file as a struct of that kind; ``what`` names it in errors. Raises ``BadScenario``."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -214,12 +216,14 @@ def _load(path: Path, kind: type[Any], what: str) -> Any:
         raise BadScenario(f"the {what} {path} is no text in UTF-8") from error
     try:
         document = yaml.compose(text, Loader=yaml.SafeLoader)
-        return msgspec.convert(yaml.safe_load(text), kind, strict=True)
+        return msgspec.convert(yaml.safe_load(text), kind, strict=True, dec_hook=decode_quantity)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadScenario(f"{path}, line {line}: this is no YAML ({error.problem})") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise BadScenario(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+    except BadLink as error:
+        raise BadScenario(f"{path}: {error}") from error
     except msgspec.ValidationError as error:
         raise BadScenario(f"{path}, line {_sentence(text, document, kind, str(error))}") from error
 

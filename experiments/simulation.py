@@ -7,6 +7,7 @@ a run, each has noise of its own, so that two users with the same prompt share s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,7 +27,10 @@ from experiments.record import Provenance, new_folder, provenance
 from experiments.runner import device_settings, drawn_prompts, edge_settings
 from experiments.scenario import Scenario, load_prompts, load_scenario, to_yaml
 from experiments.summary import render, summarise, write_csv
+from netem.course import Setting, resolve
+from netem.link import LinkState
 from semct.compute import EMULATED_MODELS, PROFILES, Native, check_names
+from semct.cost import Link
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import PublicPrompt, Writer
@@ -147,6 +151,20 @@ class Simulator:
                 frames.append(_frame(asked, plan, found, step_tflop, framework=framework, repetition=repetition))
         return Simulation(requests=pl.concat(frames), seconds=seconds)
 
+    def links(self, setting: Setting, scenario: Scenario) -> Callable[[int], Mapping[str, DeviceLinks]]:
+        """The links of a scenario's devices in each repetition, as they are at its start."""
+        radio = scenario.radio
+
+        def drawn(repetition: int) -> dict[str, DeviceLinks]:
+            seed = scenario.seed + repetition
+            links = [resolve(setting, number, seed).at(0.0) for number in range(1, scenario.users + 1)]
+            return {
+                device.name: DeviceLinks(up=_link(link.up, radio.device_watts), down=_link(link.down, radio.edge_watts))
+                for device, link in zip(device_settings(scenario), links, strict=True)
+            }
+
+        return drawn
+
     def _planner(self, scenario: Scenario, links: Mapping[str, DeviceLinks]) -> tuple[Planner, dict[str, float]]:
         """The planner of a scenario's edge that has met all devices, and the TFLOP of a step by model."""
         settings = edge_settings(scenario)
@@ -231,6 +249,12 @@ def write_simulation(root: Path, scenario: Scenario, found: Simulation) -> Path:
     )
     (folder / "simulation.json").write_bytes(msgspec.json.format(msgspec.json.encode(info)) + b"\n")
     return folder
+
+
+def _link(state: LinkState, watts: float) -> Link:
+    """The planner's view of a link: what gets through in the mean, at least a bit in a second."""
+    rate = math.inf if state.rate is None else float(state.rate)
+    return Link(rate=max(rate * (1 - float(state.loss)), 1.0), delay=float(state.delay), watts=watts)
 
 
 def _plan(

@@ -53,6 +53,18 @@ PROFILES = {
             source="NVIDIA A100 datasheet: 312 TFLOP/s bf16 dense, 400 W (SXM); half of it sustained",
         ),
         Profile(
+            name="a100-x3",
+            tflops=468.0,
+            watts=1200.0,
+            source="three A100 of the profile a100, as one device whose work divides freely among them",
+        ),
+        Profile(
+            name="a100-x8",
+            tflops=1248.0,
+            watts=3200.0,
+            source="eight A100 of the profile a100 (the GPUs of one DGX A100), as one device whose work divides freely",
+        ),
+        Profile(
             name="rtx-3090-ti",
             tflops=40.0,
             watts=450.0,
