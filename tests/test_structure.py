@@ -81,7 +81,22 @@ def test_the_command_line_starts_light() -> None:
     assert done.stdout.strip() == "1 []", done.stderr
 
 
+SCHEDULER = {"forwarding.py", "scheduler.py"}
+"""The modules of netem's packet scheduler, which is a process of its own."""
+
+
 @pytest.mark.parametrize("package", ["broker", "netem"])
 def test_bus_and_links_need_none_of_the_methods_libraries(package: str) -> None:
-    heavy = {"torch", "diffusers", "transformers", "scipy", "numpy"}
-    assert not heavy & {name for path in modules(package) for name, _ in imported(path)}
+    """The hub above all: importing them would start threads before it is entered."""
+    heavy = {"torch", "diffusers", "transformers", "scipy", "numpy", "numba"}
+    light = [path for path in modules(package) if path.name not in SCHEDULER]
+    assert not heavy & {name for path in light for name, _ in imported(path)}
+
+
+def test_the_hub_does_not_import_the_packet_scheduler() -> None:
+    check = (
+        "import sys, netem.userspace;"
+        "print(sorted({'numpy', 'numba', 'netem.forwarding', 'netem.scheduler'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
