@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.scenario import PromptSet, _load
+from experiments.scenario import PromptSet, load_part
 from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
@@ -249,7 +249,7 @@ def cell_batch(
 def prompt_groups() -> dict[str, tuple[str, ...]]:
     """The groups of captions that come with the package."""
     path = Path(__file__).parents[1] / "experiments" / "prompts" / "embedded.yaml"
-    prompts: PromptSet = _load(path, PromptSet, "prompt set")
+    prompts: PromptSet = load_part(path, PromptSet, "prompt set")
     return {g.name: g.prompts for g in prompts.groups}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from edge_node.planning import DeviceLinks, Planner
 from node.serving import Deliveries, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
+from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Weights
@@ -41,11 +43,44 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
 
 @dataclass(eq=False)
 class _Gathering:
-    """The requests of a round that wait for their plan."""
+    """The requests of a round that wait for their plan, and how many have come before them."""
 
     order: Round
-    requests: dict[str, Incoming] = field(default_factory=dict)
-    full: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: dict[str, Incoming] = field(default_factory=dict)
+    came: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: asyncio.Task[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether all requests of the round have come and none waits."""
+        return self.came >= self.order.requests and not self.waiting
+
+    def take(self, request: Request, incoming: Incoming) -> None:
+        """One more request has come."""
+        self.waiting[request.request] = incoming
+        self.came += 1
+        self.news.set()
+
+    async def batch(self, *, online: bool) -> dict[str, Incoming]:
+        """The next requests to plan: all of the round, or those of a window; ``online``, whoever is there."""
+        while not self.waiting:
+            await self._more()
+        if not online:
+            try:
+                async with asyncio.timeout(self.order.window):
+                    while self.came < self.order.requests:
+                        await self._more()
+            except TimeoutError:
+                _logger.info(
+                    "round %s: %d of %d requests came in time", self.order.round, self.came, self.order.requests
+                )
+        batch, self.waiting = self.waiting, {}
+        return batch
+
+    async def _more(self) -> None:
+        self.news.clear()
+        await self.news.wait()
 
 
 class EdgeNode:
@@ -86,6 +121,9 @@ class EdgeNode:
                         break
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         spent = self._worker.spent(round_id)
+                        gathering = self._gatherings.pop(round_id, None)
+                        if gathering is not None and gathering.answering is not None:
+                            gathering.answering.cancel()
                         if over := self._rounds.pop(round_id, None):
                             spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
                         tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
@@ -108,28 +146,32 @@ class EdgeNode:
         gathering = self._gatherings.get(order.round)
         if gathering is None:
             gathering = self._gatherings[order.round] = _Gathering(order)
-            tasks.create_task(self._answer(session, tasks, gathering))
-        gathering.requests[request.request] = incoming
-        if len(gathering.requests) >= order.requests:
-            gathering.full.set()
+            gathering.answering = tasks.create_task(self._answer(session, tasks, gathering))
+        gathering.take(request, incoming)
 
     async def _answer(self, session: Session, tasks: asyncio.TaskGroup, gathering: _Gathering) -> None:
-        """Wait for the batch, plan it, and send every request on its way."""
-        order = gathering.order
+        """Plan the round's requests batch by batch, and send every one on its way, until all have come."""
+        online = self._is_online(gathering.order)
+        for number in itertools.count():
+            batch = await gathering.batch(online=online)
+            await self._serve_batch(session, tasks, gathering.order, batch, number)
+            if gathering.over:
+                del self._gatherings[gathering.order.round]
+                return
+
+    @staticmethod
+    def _is_online(order: Round) -> bool:
         try:
-            async with asyncio.timeout(order.window):
-                await gathering.full.wait()
-        except TimeoutError:
-            _logger.info(
-                "round %s: %d of %d requests came in time",
-                order.round,
-                len(gathering.requests),
-                order.requests,
-            )
-        del self._gatherings[order.round]
+            return frameworks.is_online(order.framework)
+        except frameworks.UnknownFramework:
+            return False  # planning will say so
+
+    async def _serve_batch(
+        self, session: Session, tasks: asyncio.TaskGroup, order: Round, batch: dict[str, Incoming], number: int
+    ) -> None:
+        """Plan the ``number``-th batch of a round, and send every request on its way."""
         planning = time.time()
-        requests = {i.message.request: i for i in gathering.requests.values() if isinstance(i.message, Request)}
-        messages = [i.message for i in requests.values() if isinstance(i.message, Request)]
+        messages = [i.message for i in batch.values() if isinstance(i.message, Request)]
         topic = session.topics.own(self._settings.name, "planned")
         try:
             plan, seconds = await asyncio.to_thread(self._planner.plan, order, messages)
@@ -140,19 +182,20 @@ class EdgeNode:
             blank = Planned(round=order.round, framework=order.framework, plan=_packed(None), seconds={}, error=reason)
             await session.publish(topic, blank)
             for request in messages:
-                failed = self._work(request, requests[request.request], (), planning)
+                failed = self._work(request, batch[request.request], (), planning)
                 tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
             return
         spent = time.time() - planning
         tasks.create_task(self._announce(session, order, messages, plan=plan, seconds=seconds, planning=spent))
         for route in plan.routes:
-            incoming = requests[route.request]
+            incoming = batch[route.request]
             assert isinstance(incoming.message, Request)  # noqa: S101  only requests are gathered
             work = self._work(incoming.message, incoming, legs[route.request], planning)
             work = msgspec.structs.replace(work, seed=route.seed, steps=route.steps)
             cluster = next((i for i, c in enumerate(plan.clusters) if route.request in c.members), None)
             weight, cache = plan.share(route.request), self._planner.cache(order) if plan.caching else None
-            tasks.create_task(self._serve(session, work, group=(order.round, cluster), weight=weight, cache=cache))
+            group = (order.round, number, cluster)
+            tasks.create_task(self._serve(session, work, group=group, weight=weight, cache=cache))
 
     async def _announce(
         self,

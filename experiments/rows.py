@@ -12,7 +12,7 @@ from experiments.record import NodeRow, RequestRow
 from experiments.scenario import Radio, Scenario
 from experiments.served import Served
 from semct.cost import Network, NodeState, Outcome, Weights, device_only, utility
-from semct.routes import Plan, shared_steps, wording
+from semct.routes import Plan, wording
 
 
 def request_rows(
@@ -139,7 +139,7 @@ def _row(
     planning = _seconds(stages, "plan", 1.0)  # this machine's own work: nothing slows it down
     radio = _radio(stages, scenario.radio, edge, pace)
     on_edge, on_device = _joules(stages, edge), _joules(stages, device)
-    shared = shared_steps(plan.routes)[request] if plan and route else None
+    shared = served.shared_steps[request] if route else None
     at_device = sum(s.stop - s.start for s in route.segments if s.node == device) if route else None
     return RequestRow(
         round=served.round,

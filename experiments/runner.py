@@ -26,7 +26,7 @@ from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
 from experiments.record import LinkRow, RequestRow, RunFolder
-from experiments.scenario import Scenario, load_prompts, to_yaml
+from experiments.scenario import Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from semct import frameworks
 from semct.cache import CacheSettings
@@ -39,6 +39,7 @@ EDGE = "edge"
 TESTBED = "local"
 
 _START = 180.0  # seconds until all nodes must have announced themselves
+_LONGEST_WINDOW = 3600.0  # seconds; what a round's order may ask for
 _AFTERMATH = 10.0  # seconds for pictures after the last result, and for the nodes' reports
 _FAREWELL = 5.0  # seconds for the nodes to leave by themselves
 
@@ -127,21 +128,27 @@ class Runner:
             framework=served.framework,
             seed=served.seed,
             requests=len(served.prompts),
-            window=scenario.window,
+            window=min(scenario.window * scenario.slowdown, _LONGEST_WINDOW),
         )
         await self._session.publish(topics.inbox(EDGE, "control"), order)
-        deadline = time.time() + scenario.timeout
+        began = time.time()
+        times = arrival_times(scenario, served.repetition)
         async with asyncio.TaskGroup() as tasks:
-            for request, prompt in served.prompts.items():
+            for (request, prompt), at in zip(served.prompts.items(), times, strict=True):
+                due = began + at * scenario.slowdown
                 ask = Ask(
                     round=served.round,
                     request=request,
                     prompt=prompt,
                     seed=served.seed,
                     steps=scenario.steps,
-                    deadline=deadline,
+                    deadline=due + scenario.timeout,
                 )
-                tasks.create_task(self._session.publish(topics.inbox(served.devices[request], "control"), ask))
+                tasks.create_task(self._ask_at(due, served.devices[request], ask))
+
+    async def _ask_at(self, due: float, device: str, ask: Ask) -> None:
+        await asyncio.sleep(max(0.0, due - time.time()))
+        await self._session.publish(self._session.topics.inbox(device, "control"), ask)
 
     async def _tell(self, nodes: set[str], message: Close) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -167,7 +174,7 @@ class Runner:
             return
         match message:
             case Planned():
-                served.planned = message
+                served.planned.append(message)
             case Result() if message.request in served.prompts:
                 served.results.setdefault(message.request, message)
             case Picture() if message.request in served.prompts:
@@ -274,8 +281,7 @@ async def _keep(
     served: Served, scenario: Scenario, scorer: Scorer, place: Place, folder: RunFolder
 ) -> list[RequestRow]:
     """Score a round's pictures, and keep all that the round left."""
-    seconds = served.planned.seconds if served.planned else {}
-    folder.event("planned", round=served.round, plan=served.plan, seconds=seconds)
+    folder.event("planned", round=served.round, plan=served.plan, seconds=served.seconds)
     shown = sorted(served.answered & set(served.pictures))
     quality: dict[str, float] = {}
     if shown:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -92,6 +94,12 @@ class Radio(Part, frozen=True, kw_only=True):
     edge_watts: Annotated[float, Meta(ge=0)] = 1.0
 
 
+class Poisson(Part, frozen=True, kw_only=True):
+    """Users ask at random times: so many of them each second, on average."""
+
+    poisson: Positive
+
+
 class Broker(Part, frozen=True, kw_only=True):
     """The local broker; by default Mosquitto where it is installed, else amqtt."""
 
@@ -103,7 +111,8 @@ class Scenario(Part, frozen=True, kw_only=True):
     """One experiment: every framework serves the same users with the same noise, ``repetitions`` times.
 
     ``model`` is the diffusion model that runs, ``emulated_model`` the one whose size and pace an emulated node
-    shows; ``steps`` is T; ``scorer`` judges the pictures; ``timeout`` are the seconds after which a request
+    shows; ``arrivals`` say when users ask: all at once, at random, or each at a time of its own in seconds, device by
+    device; ``steps`` is T; ``scorer`` judges the pictures; ``timeout`` are the seconds after which a request
     of a round counts as unanswered, ``window`` those for which the edge collects a batch; ``slowdown``
     stretches emulated time, and is divided out of the record.
     """
@@ -116,6 +125,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     devices: Annotated[tuple[Devices, ...], Meta(min_length=1)]
     edge: Edge = Edge()
     prompts: Prompts = Prompts()
+    arrivals: Poisson | Literal["batch"] | tuple[Annotated[float, Meta(ge=0, le=3600)], ...] = "batch"
     model: str = "embedded"
     emulated_model: str = "sd3-medium"
     scorer: str = "embedded"
@@ -164,10 +174,25 @@ def load_scenario(path: Path) -> Scenario:
         raise BadScenario(f"{path}: the weights under `utility` must sum to 1, these are {weights}")
     if scenario.users > 1000:
         raise BadScenario(f"{path}: a cell holds at most 1000 devices, `devices` asks for {scenario.users}")
+    if isinstance(scenario.arrivals, tuple) and len(scenario.arrivals) != scenario.users:
+        times = len(scenario.arrivals)
+        raise BadScenario(f"{path}: `arrivals` must give each of {scenario.users} devices a time, it gives {times}")
     twice = {f for f in scenario.frameworks if scenario.frameworks.count(f) > 1}
     if twice:
         raise BadScenario(f"{path}: framework {twice.pop()!r} stands twice under `frameworks`")
     return scenario
+
+
+def arrival_times(scenario: Scenario, repetition: int) -> list[float]:
+    """When each device's user asks, in seconds of the emulated world after the round begins."""
+    match scenario.arrivals:
+        case "batch":
+            return [0.0] * scenario.users
+        case Poisson(poisson=rate):
+            chance = random.Random(f"{scenario.seed}/{repetition}/arrivals")  # noqa: S311  no secret
+            return list(accumulate(chance.expovariate(rate) for _ in range(scenario.users)))
+        case times:
+            return list(times)
 
 
 def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:

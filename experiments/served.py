@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 
 from broker.messages import Planned, Result, Spent
-from semct.routes import Plan
+from semct.routes import Plan, merged, shared_steps
 
 
 @dataclass(kw_only=True)
@@ -24,18 +25,33 @@ class Served:
     seed: int
     prompts: Mapping[str, str]
     devices: Mapping[str, str]
-    planned: Planned | None = None
+    planned: list[Planned] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     spent: dict[str, Spent] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def plan(self) -> Plan | None:
-        """The edge's plan, where it made one."""
-        if self.planned is None or self.planned.error:
-            return None
-        return msgspec.msgpack.decode(self.planned.plan, type=Plan)
+        """The edge's plan, where it made one: all of them as one, if it planned more than once."""
+        return merged(self._plans) if self._plans else None
+
+    @cached_property
+    def _plans(self) -> list[Plan]:
+        return [msgspec.msgpack.decode(p.plan, type=Plan) for p in self.planned if not p.error]
+
+    @cached_property
+    def shared_steps(self) -> dict[str, int]:
+        """How many steps of each planned request another one shares; only over a cache one of another batch does."""
+        if any(p.caching for p in self._plans):
+            return shared_steps(merged(self._plans).routes)
+        return {request: steps for p in self._plans for request, steps in shared_steps(p.routes).items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The wall seconds of each part of planning, in all."""
+        parts = [(name, seconds) for p in self.planned for name, seconds in p.seconds.items()]
+        return {name: sum(s for n, s in parts if n == name) for name, _ in parts}
 
     @property
     def answered(self) -> set[str]:

@@ -106,6 +106,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return next((c.share for c in self.clusters if request in c.members), 1.0)
 
 
+def merged(plans: Sequence[Plan]) -> Plan:
+    """Several plans of one round as one; clusters over a cache that ride on the same public prompt become one.
+
+    A cluster's share is then the latest plan's.
+    """
+    clusters: dict[Hashable, Cluster] = {}
+    for number, plan in enumerate(plans):
+        for index, c in enumerate(plan.clusters):
+            key: Hashable = c.public_prompt if plan.caching else (number, index)
+            before = clusters.get(key)
+            if before is not None:
+                members, similarity = (*before.members, *c.members), (*before.similarity, *c.similarity)
+                c = msgspec.structs.replace(before, members=members, similarity=similarity, share=c.share)  # noqa: PLW2901
+            clusters[key] = c
+    return Plan(
+        clusters=tuple(clusters.values()),
+        routes=tuple(r for p in plans for r in p.routes),
+        predictions={request: found for p in plans for request, found in p.predictions.items()},
+        gap=max((p.gap for p in plans), default=0.0),
+        caching=any(p.caching for p in plans),
+    )
+
+
 def blend(prompts: Sequence[str]) -> Prompt:
     """The mean of prompts, each as often as it stands here; one and the same prompt is its own mean.
 

@@ -182,7 +182,7 @@ async def test_a_round_ends_with_the_pictures_of_its_plan(cell: Cell, framework:
 
 
 async def test_what_one_request_leaves_in_the_cache_is_counted_for_the_next(cell: Cell) -> None:
-    await cell.order("cached", requests=3, window=0.1)
+    await cell.order("cached", requests=3)
     await cell.ask(0, request="first")
     (first,) = await cell.ear.until(Result, request="first")
     await cell.ask(1, request="second")
@@ -201,6 +201,33 @@ async def test_what_one_request_leaves_in_the_cache_is_counted_for_the_next(cell
     await cell.ear.session.publish(TOPICS.inbox("edge", "control"), Close(round="2"))
     (spent,) = await cell.ear.until(Spent, round="2")
     assert spent.cache == CacheCounts(misses=1, bytes=spent.cache.bytes if spent.cache else -1)
+
+
+async def test_an_online_framework_plans_requests_as_they_come(cell: Cell) -> None:
+    await cell.order("semct-async", requests=3)
+    for number in range(3):
+        await cell.ask(number)
+        (result,) = await cell.ear.until(Result, request=f"r{number}")
+        assert result.outcome == "answered"
+    plans = await cell.ear.until(Planned, 3)
+    assert [[r.request for r in msgspec.msgpack.decode(p.plan, type=Plan).routes] for p in plans] == [
+        ["r0"],
+        ["r1"],
+        ["r2"],
+    ]
+
+
+async def test_requests_of_later_windows_make_later_batches(cell: Cell) -> None:
+    await cell.order("edge-device", requests=3, window=0.2)
+    await cell.ask(0)
+    await cell.ear.until(Result, request="r0")
+    await cell.ask(1)
+    await cell.ask(2)
+    results = await cell.ear.until(Result, 3)
+    assert {r.outcome for r in results} == {"answered"}
+    plans = [msgspec.msgpack.decode(p.plan, type=Plan) for p in await cell.ear.until(Planned, 2)]
+    assert [r.request for r in plans[0].routes] == ["r0"]
+    assert sorted(r.request for p in plans[1:] for r in p.routes) == ["r1", "r2"]
 
 
 def crash(batch: frameworks.Batch) -> Plan:

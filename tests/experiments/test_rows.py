@@ -60,7 +60,7 @@ def served(framework: str = "semct") -> Served:
         seed=1,
         prompts={r.id: r.prompt for r in requests},
         devices={r.id: r.device for r in requests},
-        planned=planned,
+        planned=[planned],
         results={first: result},
         reasons={f"{framework}-d2": "no answer within 9 s"},
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import polars as pl
 import psutil
 import pytest
 
@@ -215,3 +216,19 @@ def test_nothing_is_left_of_an_interrupted_run_but_its_record(
     run = only_run(tmp_path)
     assert process.returncode == status
     assert run.info.status == ("running" if number == signal.SIGKILL else "interrupted")
+
+
+def test_users_who_ask_one_by_one_are_served_as_they_come(tmp_path: Path) -> None:
+    path = scenario(tmp_path, frameworks="semct, semct-async", devices=3, more="arrivals: [0, 1.5, 1.6]\nwindow: 0.5")
+    finish(start(path))
+    run = only_run(tmp_path)
+    assert run.requests["outcome"].to_list() == ["answered"] * 6
+    assert run.info.status == "finished"
+    windows = run.requests.filter(pl.col("framework") == "semct")
+    online = run.requests.filter(pl.col("framework") == "semct-async")
+    # In windows, nobody is planned before half a second has passed since the first of them came.
+    assert (windows["collect_s"] > 0.3).any()
+    assert online["collect_s"].max() < windows["collect_s"].max()
+    edge = run.nodes.filter((pl.col("role") == "edge") & (pl.col("framework") == "semct-async"))
+    assert (edge["cache_hits"] + edge["cache_misses"]).to_list() == [3]
+    assert run.nodes.filter(pl.col("framework") == "semct")["cache_hits"].is_null().all()

@@ -8,7 +8,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.scenario import FOLDER, BadScenario, Scenario, load_prompts, load_scenario, schema, to_yaml
+from experiments.scenario import (
+    FOLDER,
+    BadScenario,
+    Scenario,
+    arrival_times,
+    load_prompts,
+    load_scenario,
+    schema,
+    to_yaml,
+)
 
 GOOD = """
 name: small
@@ -50,6 +59,11 @@ def test_defaults_are_spelled_out_and_read_back(tmp_path: Path) -> None:
         ("name: [\n", "line 2: this is no YAML"),
         ("", "expected `object`, got `null`"),
         ("name: x\ndevices: [{count: 2000}]\n", "at most 1000 devices"),
+        ("name: x\ndevices: [{count: 2}]\narrivals: [0.5]\n", "each of 2 devices a time, it gives 1"),
+        ("name: x\ndevices: [{count: 2}]\narrivals: {poisson: 0}\n", "line 3, at `arrivals.poisson` '0'"),
+        ("name: x\ndevices: [{count: 2}]\narrivals: {rate: 2}\n", "there is no key 'rate' here; there is poisson"),
+        ("name: x\ndevices: [{count: 2}]\nplanning: {clusters: many}\n", "line 3, at `planning.clusters` 'many'"),
+        ("name: x\ndevices: [{count: 2}]\nplanning: {cache: {policy: mru}}\n", "at `planning.cache.policy` 'mru'"),
         ("name: x\ndevices: [{count: 1}]\nframeworks: [semct, semct]\n", "'semct' stands twice"),
         ("name: x\ndevices: [{count: 1}]\nutility: {quality: 1}\n", "must sum to 1"),
     ],
@@ -96,3 +110,18 @@ def test_the_schema_names_every_key() -> None:
     definitions = schema()["$defs"]
     assert definitions["Scenario"]["properties"].keys() == set(Scenario.__struct_fields__)
     assert msgspec.json.encode(schema())
+
+
+def test_arrivals_come_all_at_once_at_random_or_as_recorded(tmp_path: Path) -> None:
+    def times(text: str, repetition: int = 0) -> list[float]:
+        users = "name: x\ndevices: [{count: 400}]\n"
+        return arrival_times(load_scenario(written(tmp_path, users + text)), repetition)
+
+    assert times("") == [0.0] * 400
+    found = times("arrivals: {poisson: 4}\n")
+    assert found == sorted(found) == times("arrivals: {poisson: 4}\n")
+    assert found[0] > 0
+    assert 400 / found[-1] == pytest.approx(4, rel=0.25)
+    assert found != times("arrivals: {poisson: 4}\n", repetition=1)
+    recorded = [0.5 * i for i in range(400)]
+    assert times(f"arrivals: {recorded}\n") == recorded

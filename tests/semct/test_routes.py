@@ -14,10 +14,12 @@ from semct.routes import (
     MOST_BLENDED,
     Cluster,
     Plan,
+    Prediction,
     Request,
     Route,
     Segment,
     blend,
+    merged,
     route,
     shared_steps,
     steps_by_node,
@@ -150,3 +152,19 @@ def test_steps_of_equal_blends_are_shared_and_read_as_their_prompts() -> None:
     assert wording(ab) == "mean of: a; b"
     assert wording("a") == "a"
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(routes[0]), type=Route) == routes[0]
+
+
+def test_plans_of_one_round_become_one() -> None:
+    def plan(number: int, *, caching: bool) -> Plan:
+        cluster = Cluster(members=(f"r{number}",), public_prompt="p", source="member", similarity=(0.5,), share=0.5)
+        prediction = Prediction(quality=1.0, latency=1.0, energy=1.0, utility=float(number))
+        routes = (whole(f"r{number}", [("edge", "m", "p", 4)]),)
+        return Plan(clusters=(cluster,), routes=routes, predictions={f"r{number}": prediction}, caching=caching)
+
+    batches = merged([plan(0, caching=False), plan(1, caching=False)])
+    assert [c.members for c in batches.clusters] == [("r0",), ("r1",)]
+    assert [r.request for r in batches.routes] == ["r0", "r1"]
+    assert {r: p.utility for r, p in batches.predictions.items()} == {"r0": 0.0, "r1": 1.0}
+    online = merged([plan(0, caching=True), plan(1, caching=True)])
+    assert [(c.members, c.similarity) for c in online.clusters] == [(("r0", "r1"), (0.5, 0.5))]
+    assert merged([plan(0, caching=True)]) == plan(0, caching=True)
