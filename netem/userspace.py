@@ -81,10 +81,7 @@ class UserspaceLinks:
 
     def open(self) -> None:
         """Start the packet scheduler; raises ``LinksUnavailable`` where TUN devices cannot be made."""
-        try:
-            os.close(_device("trial"))
-        except OSError as error:
-            raise LinksUnavailable(_explain(error)) from error
+        try_a_device()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -220,6 +217,14 @@ class UserspaceLinks:
         """64 bits from the seed and some words."""
         text = "\0".join((str(self._seed), *words)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def try_a_device() -> None:
+    """Make a TUN device and delete it, in the namespace that this thread is in; raises `LinksUnavailable`."""
+    try:
+        os.close(_device("trial"))
+    except OSError as error:
+        raise LinksUnavailable(_explain(error)) from error
 
 
 def _device(name: str) -> int:
