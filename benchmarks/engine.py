@@ -97,7 +97,7 @@ def jobs(denoiser: Denoiser) -> list[Job]:
 
 def by_engine(denoiser: Denoiser, work: Sequence[Job], rows: int) -> tuple[list[Done], int]:
     """All jobs at once; also how many denoiser calls that took."""
-    engine = Engine({denoiser.name: denoiser}, Native(denoiser), rows=rows)
+    engine = Engine({denoiser.name: denoiser}, Native(), rows=rows)
     for job in work:
         engine.submit(job)
     done: list[Done] = []

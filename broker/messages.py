@@ -72,7 +72,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     ``joules`` and ``flops`` are the request's own part where the work was shared; ``steps`` are denoising
     steps run for this request, shared ones counted as their part (1 / sharers). ``modelled`` says that
     duration and energy come from a compute profile, not from a clock and a meter. ``size`` is what a
-    transfer put on the wire.
+    transfer from ``node`` put on the wire, and ``to`` who received it.
     """
 
     name: Literal["collect", "plan", "queue", "denoise", "transfer", "decode"]
@@ -84,13 +84,22 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     steps: Amount = 0.0
     overruns: Annotated[int, Meta(ge=0)] = 0
     size: Annotated[int, Meta(ge=0)] = 0
+    to: Name | None = None
     modelled: bool = False
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """What one row's denoising step with one model takes."""
+
+    step_seconds: Amount
+    step_joules: Amount
 
 
 class Compute(msgspec.Struct, frozen=True, kw_only=True):
     """How a node computes: a profile's name or ``native``, and what denoising and decoding take.
 
     A denoiser call takes ``call_*`` once and ``step_*`` for each of its rows, of which it takes up to ``rows``.
+    The step is one with the first of the node's models; ``others`` are the paces of the rest, by model.
     """
 
     profile: Identifier
@@ -101,13 +110,18 @@ class Compute(msgspec.Struct, frozen=True, kw_only=True):
     call_seconds: Amount = 0.0
     call_joules: Amount = 0.0
     rows: Annotated[int, Meta(ge=1)] = 8
+    others: dict[Identifier, Pace] = {}
 
 
 class Birth(Message, frozen=True, kw_only=True):
-    """Retained: who is there. The will of the session is the same message with ``state="lost"``."""
+    """Retained: who is there. The will of the session is the same message with ``state="lost"``.
+
+    ``cloud`` is the edge program behind a link to a distant data centre. The first of ``models`` is the
+    testbed's main one.
+    """
 
     name: Name
-    role: Literal["edge", "device"]
+    role: Literal["edge", "cloud", "device"]
     state: Literal["ready", "gone", "lost"]
     models: tuple[Identifier, ...] = ()
     compute: Compute | None = None
@@ -156,7 +170,8 @@ class Work(Message, frozen=True, kw_only=True):
 
     No latent means that the route starts here, at step 0, from the noise of ``seed``. An empty ``route``
     means that denoising is done: the receiver decodes, unless ``picture`` already holds the PNG. A
-    ``failure`` says in one sentence why there will be no picture.
+    ``failure`` says in one sentence why there will be no picture. ``sender`` is the node that passes it
+    on; where a device forwards, the topic says who it is, and that counts.
     """
 
     round: Identifier
@@ -169,6 +184,7 @@ class Work(Message, frozen=True, kw_only=True):
     picture: bytes | None = None
     failure: str = ""
     stages: Annotated[tuple[Stage, ...], Meta(max_length=256)] = ()
+    sender: Name | None = None
     sent: Time
     deadline: Time
 

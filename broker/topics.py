@@ -1,7 +1,7 @@
 """The topics of a testbed: ``semct/<testbed>/<node>/<what>``.
 
-A node publishes under its own name only. The one exception are inboxes: ``work`` (from the edge) and
-``control`` (from the runner) of a node are written by others. So the access rule of a device is one line,
+A node publishes under its own name only. The one exception are inboxes: ``work`` (from edge and cloud nodes)
+and ``control`` (from the runner) of a node are written by others. So the access rule of a device is one line,
 ``pattern readwrite semct/+/%u/#``, and no device can read what another one was sent.
 """
 
@@ -46,7 +46,7 @@ CARRIES: dict[What, tuple[type[Message], ...]] = {
     "picture": (Picture,),  # device -> runner
     "planned": (Planned,),  # edge -> runner
     "spent": (Spent,),  # node -> runner
-    "work": (Work,),  # edge -> node
+    "work": (Work,),  # edge or cloud -> node
     "control": (Ask, Round, Close),  # runner -> node
 }
 """The message types that each kind of topic may carry."""
@@ -91,7 +91,7 @@ class Topics(msgspec.Struct, frozen=True):
         return f"{_ROOT}/{self.testbed}/{_name(node)}/forward/{_name(to)}"
 
     def inbox(self, node: str, what: Inbox) -> str:
-        """Where the edge (``work``) and the runner (``control``) write to ``node``."""
+        """Where edge and cloud nodes (``work``) and the runner (``control``) write to ``node``."""
         return f"{_ROOT}/{self.testbed}/{_name(node)}/{what}"
 
     def to_node(self, node: str) -> tuple[str, ...]:

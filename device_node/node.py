@@ -77,20 +77,15 @@ class DeviceNode:
         await session.publish(session.topics.own(self._settings.name, "request"), request)
 
     async def _serve(self, session: Session, work: Work, incoming: Incoming) -> None:
-        work = received(
-            work,
-            incoming.topic.node if incoming.topic.to else self._settings.edge,
-            incoming.received,
-            incoming.size,
-        )
         try:
+            work = received(work, incoming, self._settings.name)
             if work.failure:
                 raise ValueError(work.failure)
             if time.time() > work.deadline:
                 raise ValueError(f"the deadline passed before {self._settings.name} began")
             work = await self._worker.carry(work)
             if work.route:
-                work = msgspec.structs.replace(work, sent=time.time())
+                work = msgspec.structs.replace(work, sender=self._settings.name, sent=time.time())
                 await session.publish(session.topics.forward(self._settings.name, work.route[0].node), work)
                 return
             if work.picture is None:

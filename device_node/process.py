@@ -18,9 +18,10 @@ _load = functools.cache(Denoiser.load)
 
 
 def warm(arguments: dict[str, Any]) -> None:
-    """Load what all devices of this machine share, before the first is forked: ``model`` names it."""
+    """Load what the devices of this machine share, before the first is forked: ``models`` names it."""
     torch.set_num_threads(1)
-    warm_up(_load(arguments["model"]))
+    for model in arguments["models"]:
+        warm_up(_load(model))
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -28,6 +29,6 @@ def main(arguments: dict[str, Any]) -> int:
     settings = msgspec.convert(arguments, DeviceSettings)
     torch.set_num_threads(settings.threads)
     start_logging()
-    worker = make_worker(settings, _load(settings.model))
+    worker = make_worker(settings, {model: _load(model) for model in settings.models})
     asyncio.run(DeviceNode(settings, worker).run())
     return 0

@@ -1,4 +1,4 @@
-"""One edge: collect requests, plan, run segments, pass latents on."""
+"""One edge or cloud node: run segments and pass latents on; the planning one collects requests and plans, too."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
 from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
-from edge_node.planning import DeviceLinks, Planner
+from edge_node.planning import NodeLinks, Planner
 from node.serving import Deliveries, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
@@ -27,18 +28,23 @@ _logger = logging.getLogger(__name__)
 
 
 class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
-    """The edge's settings: how it plans, beside how it computes.
+    """The settings of an edge or cloud node: how it plans, beside how it computes.
 
-    ``quality`` names the curves to plan with, ``writer`` who words public prompts.
+    One edge of a testbed ``plans``; to the others, what follows means nothing. ``quality`` names the curves to
+    plan with, ``writer`` who words public prompts, ``small_model`` the second size that frameworks may use;
+    ``links`` are those of all nodes that do not stand at the hub.
     """
 
+    kind: Literal["edge", "cloud"] = "edge"
+    plans: bool = True
+    small_model: str = "embedded-small"
     clusters: Number = 3
     most_shared: int = 13
     weights: Weights = Weights()
     quality: str = "embedded"
     writer: str = "smollm2"
     cache: CacheSettings = CacheSettings()
-    links: dict[str, DeviceLinks] = msgspec.field(default_factory=dict)
+    links: dict[str, NodeLinks] = msgspec.field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -84,12 +90,12 @@ class _Gathering:
 
 
 class EdgeNode:
-    """Serves one cell until the runner closes the testbed."""
+    """Serves one cell until the runner closes the testbed. Without a ``planner`` it takes work but no requests."""
 
-    def __init__(self, settings: EdgeSettings, worker: Worker, planner: Planner) -> None:
+    def __init__(self, settings: EdgeSettings, worker: Worker, planner: Planner | None) -> None:
         self._settings = settings
         self._worker = worker
-        self._planner = planner
+        self._plans = planner
         self._rounds: dict[str, Round] = {}
         self._gatherings: dict[str, _Gathering] = {}
         self._holders: dict[str, tuple[str, ...]] = {}
@@ -98,9 +104,11 @@ class EdgeNode:
     async def run(self) -> None:
         """Connect and serve; returns when told to leave."""
         s = self._settings
-        birth = Birth(name=s.name, role="edge", state="ready", models=self._worker.models, compute=self._worker.compute)
+        birth = Birth(name=s.name, role=s.kind, state="ready", models=self._worker.models, compute=self._worker.compute)
         topics = Topics(s.testbed)
-        filters = (*topics.to_node(s.name), topics.every("birth"), topics.every("request"))
+        filters = (*topics.to_node(s.name), topics.every("birth"))
+        if self._plans is not None:
+            filters += (topics.every("request"),)
         async with (
             Session(s.host, s.port, testbed=s.testbed, name=s.name, birth=birth, subscriptions=filters) as session,
             tasks_until_end() as tasks,
@@ -110,13 +118,12 @@ class EdgeNode:
                 match incoming.message:
                     case Birth() as other:
                         self._meet(other)
-                    case Round() as order:
+                    case Round() as order if self._plans is not None:
                         self._rounds[order.round] = order
-                    case Request() as request:
+                    case Request() as request if self._plans is not None:
                         self._gather(session, tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
-                        arrived = received(work, incoming.topic.node, incoming.received, incoming.size)
-                        tasks.create_task(self._serve(session, arrived, group=work.request, weight=1.0))
+                        tasks.create_task(self._take(session, work, incoming))
                     case Close(round=None):
                         break
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
@@ -129,9 +136,16 @@ class EdgeNode:
                         tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
 
     def _meet(self, birth: Birth) -> None:
-        if birth.state == "ready" and birth.role == "device" and birth.compute is not None:
-            self._planner.meet(birth.name, birth.compute)
-            self._holders[birth.name] = birth.models
+        if birth.state != "ready" or birth.compute is None or birth.name == self._settings.name:
+            return
+        self._holders[birth.name] = birth.models
+        if self._plans is not None:
+            self._plans.meet(birth.name, birth.role, birth.compute)
+
+    @property
+    def _planner(self) -> Planner:
+        assert self._plans is not None  # noqa: S101  who does not plan takes neither rounds nor requests
+        return self._plans
 
     def _gather(self, session: Session, tasks: asyncio.TaskGroup, request: Request, incoming: Incoming) -> None:
         if request.reply != incoming.topic.node:
@@ -226,6 +240,7 @@ class EdgeNode:
             Stage(
                 name="transfer",
                 node=request.reply,
+                to=name,
                 start=request.sent,
                 stop=max(incoming.received, request.sent),
                 size=incoming.size,
@@ -250,16 +265,30 @@ class EdgeNode:
     ) -> None:
         try:
             work = await self._worker.carry(work, group=group, weight=weight, cache=cache)
-            if not work.route and self._settings.model not in self._holders.get(work.reply, ()):
+            if not work.route and not self._holders.get(work.reply):  # the device holds no decoder either
                 work = await self._worker.decode(work)
         except ValueError as error:
-            _logger.warning("request %s failed: %s", work.request, error)
-            work = msgspec.structs.replace(work, route=(), latent=None, failure=str(error))
+            await self._give_up(session, work, error)
+            return
         await self._pass_on(session, work)
+
+    async def _take(self, session: Session, work: Work, incoming: Incoming) -> None:
+        """Serve what another node passed on."""
+        try:
+            arrived = received(work, incoming, self._settings.name)
+        except ValueError as error:
+            await self._give_up(session, work, error)
+            return
+        await self._serve(session, arrived, group=work.request, weight=1.0)
+
+    async def _give_up(self, session: Session, work: Work, error: ValueError) -> None:
+        _logger.warning("request %s failed: %s", work.request, error)
+        await self._pass_on(session, msgspec.structs.replace(work, route=(), latent=None, failure=str(error)))
 
     async def _pass_on(self, session: Session, work: Work) -> None:
         receiver = work.route[0].node if work.route else work.reply
-        await session.publish(session.topics.inbox(receiver, "work"), msgspec.structs.replace(work, sent=time.time()))
+        leaving = msgspec.structs.replace(work, sender=self._settings.name, sent=time.time())
+        await session.publish(session.topics.inbox(receiver, "work"), leaving)
 
 
 def _legs(route: Route) -> tuple[Segment, ...]:

@@ -11,15 +11,15 @@ from broker import messages
 from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
-from semct.cost import Link, Network, NodeState, Weights
+from semct.cost import Kind, Link, Network, NodeState, Pace, Weights
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import Writer
 from semct.quality import QualityModel
 from semct.routes import Plan, Request
 
 
-class DeviceLinks(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's wireless link in both directions."""
+class NodeLinks(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's link to the cell's hub in both directions: a device's wireless one, a cloud's over the wide area."""
 
     up: Link = Link()
     down: Link = Link()
@@ -34,33 +34,35 @@ class Planner:
         edge: str,
         compute: messages.Compute,
         latent_bytes: int,
-        links: Mapping[str, DeviceLinks],
+        links: Mapping[str, NodeLinks],
         weights: Weights,
         clusters: Number,
         most_shared: int,
         model: str,
+        small_model: str,
         quality: QualityModel,
         encoder: SentenceEncoder,
         writer: Writer,
         cache: CacheSettings,
     ) -> None:
         self._edge = edge
-        self._nodes = {edge: _state(compute)}
+        self._nodes = {edge: _state("edge", compute)}
         self._latent_bytes = latent_bytes
         self._links = links
         self._weights = weights
         self._most_shared = most_shared
         self._clusters = clusters
         self._model = model
+        self._small_model = small_model
         self._quality = quality
         self._encoder = encoder
         self._writer = writer
         self._cache = cache
         self._caches: dict[str, LatentCache] = {}
 
-    def meet(self, name: str, compute: messages.Compute) -> None:
-        """Learn how a node computes."""
-        self._nodes[name] = _state(compute)
+    def meet(self, name: str, kind: Kind, compute: messages.Compute) -> None:
+        """Learn of a node and how it computes."""
+        self._nodes[name] = _state(kind, compute)
 
     def cache(self, order: messages.Round) -> LatentCache:
         """The cache of the round's framework: its own, from its first round on or new for each."""
@@ -85,6 +87,12 @@ class Planner:
         """
         self._encoder.forget()
         start = time.perf_counter()
+        frameworks.check_needs(
+            order.framework,
+            edges=sum(n.kind == "edge" for n in self._nodes.values()),
+            clouds=sum(n.kind == "cloud" for n in self._nodes.values()),
+            small=self._small_model in self._nodes[self._edge].others,
+        )
         batch = self._batch(order, asked)
         plan = frameworks.load(order.framework)(batch)
         self._check(plan, batch.requests)
@@ -104,14 +112,15 @@ class Planner:
         for r in requests:
             if r.device not in self._nodes:
                 raise ValueError(f"device {r.device} asks for a picture but has not announced how it computes")
-        devices = [r.device for r in requests]
+        here = [name for name, node in self._nodes.items() if node.kind != "device" and name != self._edge]
+        linked = {n: self._links.get(n, NodeLinks()) for n in (*here, *(r.device for r in requests))}
         return frameworks.Batch(
             requests=requests,
             network=Network(
                 edge=self._edge,
                 nodes=self._nodes,
-                uplinks={d: self._links.get(d, DeviceLinks()).up for d in devices},
-                downlinks={d: self._links.get(d, DeviceLinks()).down for d in devices},
+                uplinks={name: links.up for name, links in linked.items()},
+                downlinks={name: links.down for name, links in linked.items()},
                 latent_bytes=self._latent_bytes,
             ),
             weights=self._weights,
@@ -120,6 +129,7 @@ class Planner:
             encoder=self._encoder,
             writer=self._writer,
             model=self._model,
+            small_model=self._small_model,
             clusters=self._clusters,
             seed=order.seed,
             cache=self.cache(order),
@@ -133,8 +143,10 @@ class Planner:
             raise ValueError(f"its plan leads over {', '.join(sorted(unknown))}, which nobody knows")
 
 
-def _state(compute: messages.Compute) -> NodeState:
+def _state(kind: Kind, compute: messages.Compute) -> NodeState:
     return NodeState(
+        kind=kind,
+        others={m: Pace(step_seconds=p.step_seconds, step_joules=p.step_joules) for m, p in compute.others.items()},
         step_seconds=compute.step_seconds,
         step_joules=compute.step_joules,
         decode_seconds=compute.decode_seconds,

@@ -1,8 +1,9 @@
-"""The edge as a process."""
+"""An edge or cloud node as a process: the planning edge on its own, the others forked from a warm parent."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ import torch
 from edge_node.node import EdgeNode, EdgeSettings
 from edge_node.planning import Planner
 from node.settings import start_logging
-from node.worker import make_worker, warm_up
+from node.worker import Worker, make_worker, warm_up
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder, load_sentence_encoder
@@ -21,8 +22,17 @@ from semct.quality import load_quality_model
 _REHEARSAL = [["a cat on a beach", "a dog on a beach"]]
 
 
+_load = functools.cache(Denoiser.load)
+
+
 def warm(arguments: dict[str, Any]) -> None:
-    """Nothing is loaded ahead: there is one edge, and what it loads wants threads."""
+    """Load what the nodes of this machine share, before the first is forked: ``models`` names it.
+
+    The planning edge is the only one of its kind and loads for itself, since what it loads wants threads.
+    """
+    torch.set_num_threads(1)
+    for model in arguments["models"]:
+        warm_up(_load(model))
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -30,14 +40,21 @@ def main(arguments: dict[str, Any]) -> int:
     settings = msgspec.convert(arguments, EdgeSettings)
     start_logging()
     torch.set_num_threads(settings.threads)
-    denoiser = Denoiser.load(settings.model)
-    warm_up(denoiser)
+    denoisers = {model: _load(model) for model in settings.models}
+    for denoiser in denoisers.values():
+        warm_up(denoiser)
+    worker = make_worker(settings, denoisers)
+    planner = _planner(settings, worker) if settings.plans else None
+    asyncio.run(EdgeNode(settings, worker, planner).run())
+    return 0
+
+
+def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
     encoder = load_sentence_encoder()
     writer = load_writer(settings.writer, encoder)
     writer.write(_REHEARSAL, 0)
     by_entity(_REHEARSAL[0])  # its tagger loads on first use
-    worker = make_worker(settings, denoiser)
-    planner = Planner(
+    return Planner(
         edge=settings.name,
         compute=worker.compute,
         latent_bytes=worker.latent_bytes,
@@ -45,14 +62,13 @@ def main(arguments: dict[str, Any]) -> int:
         weights=settings.weights,
         most_shared=settings.most_shared,
         clusters=settings.clusters,
-        model=denoiser.name,
+        model=settings.models[0],
+        small_model=settings.small_model,
         quality=load_quality_model(settings.quality),
         encoder=encoder,
         writer=writer,
         cache=settings.cache,
     )
-    asyncio.run(EdgeNode(settings, worker, planner).run())
-    return 0
 
 
 def load_writer(name: str, encoder: SentenceEncoder) -> Writer:

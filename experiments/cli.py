@@ -52,7 +52,7 @@ def run(
     from experiments.runner import RunFailed, play  # noqa: PLC0415
     from semct.compute import UnknownProfile  # noqa: PLC0415
     from semct.diffusion import ModelNotFound  # noqa: PLC0415
-    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework, UnmetNeed  # noqa: PLC0415
     from semct.quality import QualityModelError, ScorerError  # noqa: PLC0415
 
     console = Console()
@@ -75,6 +75,7 @@ def run(
         ScorerError,
         UnknownFramework,
         UnknownProfile,
+        UnmetNeed,
         Undelivered,
         Unwritable,
     ) as error:

@@ -49,7 +49,9 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     ``bytes_`` bytes on the wire; ``tflop`` is the request's part of denoising, a step shared by n requests
     counted 1/n. ``quality`` is the content quality in the scorer's unit, ``similarity`` the cosine of
     personal and public prompt. ``shared_steps``, ``edge_steps`` and ``device_steps`` are the paper's x, y and
-    z. The stages ``upload_s`` ... ``decode_s`` say where the time went. ``modelled``: compute time and energy
+    z: steps that others share, wherever they run, and own ones on edges and device; ``cloud_steps`` are own ones in
+    the cloud. The stages ``upload_s`` ... ``decode_s`` say where the time went; ``relay_s`` and ``bytes_relayed``
+    are transfers between edge and cloud nodes, which take no radio energy. ``modelled``: compute time and energy
     come from a compute profile, not from a clock and a meter. ``image`` is a path inside the run folder.
     """
 
@@ -69,6 +71,7 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     similarity: float | None = None
     shared_steps: int | None = None
     edge_steps: int | None = None
+    cloud_steps: int | None = None
     device_steps: int | None = None
     quality: float | None = None
     latency_s: float | None = None
@@ -84,13 +87,17 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     plan_s: float = 0.0
     queue_s: float = 0.0
     edge_denoise_s: float = 0.0
+    cloud_denoise_s: float = 0.0
+    relay_s: float = 0.0
     download_s: float = 0.0
     device_denoise_s: float = 0.0
     decode_s: float = 0.0
     energy_edge_j: float = 0.0
+    energy_cloud_j: float = 0.0
     energy_device_j: float = 0.0
     energy_radio_j: float = 0.0
     bytes_up: int = 0
+    bytes_relayed: int = 0
     bytes_down: int = 0
     overruns: int = 0
     modelled: bool = False

@@ -36,7 +36,9 @@ STAGES = {
     "collect_s": ("collect", "collect"),
     "plan_s": ("plan", "plan"),
     "queue_s": ("queue", "queue"),
+    "cloud_denoise_s": ("cloud denoising", "cloud"),
     "edge_denoise_s": ("edge denoising", "edge"),
+    "relay_s": ("between nodes", "relay"),
     "download_s": ("download", "download"),
     "device_denoise_s": ("device denoising", "device"),
     "decode_s": ("decode", "decode"),
@@ -46,6 +48,7 @@ STAGES = {
 
 SOURCES = {
     "energy_edge_j": ("edge", "edge"),
+    "energy_cloud_j": ("cloud", "cloud"),
     "energy_radio_j": ("radio", "download"),
     "energy_device_j": ("device", "device"),
 }

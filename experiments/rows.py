@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from broker.messages import Compute, Spent, Stage
 from experiments.record import NodeRow, RequestRow
-from experiments.scenario import Radio, Scenario
+from experiments.scenario import Scenario
 from experiments.served import Served
-from semct.cost import Network, NodeState, Outcome, Weights, device_only, utility
+from semct.cost import Kind, Network, NodeState, Outcome, Weights, device_only, utility
 from semct.routes import Plan, wording
 
 
 def request_rows(
-    served: Served, scenario: Scenario, *, edge: str, quality: Mapping[str, float], images: Mapping[str, str]
+    served: Served,
+    scenario: Scenario,
+    *,
+    kinds: Mapping[str, Kind],
+    quality: Mapping[str, float],
+    images: Mapping[str, str],
 ) -> list[RequestRow]:
     """A row for every request of a round, still without its measured utility.
 
-    ``quality`` holds the pictures' scores and ``images`` their paths, by request. Durations are those of the
+    ``kinds`` says what each node is; ``quality`` holds the pictures' scores and ``images`` their paths, by request.
+    Durations are those of the
     emulated world: wall time divided by the scenario's slowdown, but for planning, which is not slowed down.
     """
     plan = served.plan
@@ -30,7 +36,7 @@ def request_rows(
             scenario,
             request,
             plan,
-            edge=edge,
+            kinds=kinds,
             quality=quality.get(request),
             image=images.get(request),
         )
@@ -38,17 +44,19 @@ def request_rows(
     ]
 
 
-def node_rows(served: Served, *, edge: str, memory: Mapping[str, float], ended: Mapping[str, str]) -> list[NodeRow]:
+def node_rows(
+    served: Served, *, kinds: Mapping[str, Kind], memory: Mapping[str, float], ended: Mapping[str, str]
+) -> list[NodeRow]:
     """A row for every node of a round; ``memory`` is their private memory in MiB, ``ended`` names the dead."""
     found = []
-    for node in (edge, *served.devices.values()):
+    for node in (*sorted(n for n, kind in kinds.items() if kind != "device"), *served.devices.values()):
         spent = served.spent.get(node)
         found.append(
             NodeRow(
                 round=served.round,
                 framework=served.framework,
                 node=node,
-                role="edge" if node == edge else "device",
+                role=kinds.get(node, "device"),
                 denoiser_calls=spent.denoiser_calls if spent else 0,
                 rows=spent.rows if spent else 0,
                 tflop=spent.flops / 1e12 if spent else 0.0,
@@ -122,7 +130,7 @@ def _row(
     request: str,
     plan: Plan | None,
     *,
-    edge: str,
+    kinds: Mapping[str, Kind],
     quality: float | None,
     image: str | None,
 ) -> RequestRow:
@@ -137,10 +145,12 @@ def _row(
     answered = result is not None and result.outcome == "answered"
     pace = scenario.slowdown
     planning = _seconds(stages, "plan", 1.0)  # this machine's own work: nothing slows it down
-    radio = _radio(stages, scenario.radio, edge, pace)
-    on_edge, on_device = _joules(stages, edge), _joules(stages, device)
+    by_kind = {kind: [s for s in stages if kinds.get(s.node, "device") == kind] for kind in get_args(Kind)}
+    joules = {kind: sum(s.joules for s in some) for kind, some in by_kind.items()}
+    up, down, between = _transfers(stages, device)
+    radio = (scenario.radio.device_watts * _total(up) + scenario.radio.edge_watts * _total(down)) / pace
     shared = served.shared_steps[request] if route else None
-    at_device = sum(s.stop - s.start for s in route.segments if s.node == device) if route else None
+    own = _own_steps(served, request, kinds) if route else None
     return RequestRow(
         round=served.round,
         framework=served.framework,
@@ -149,7 +159,7 @@ def _row(
         device=device,
         prompt=served.prompts[request],
         seed=served.seed,
-        steps=scenario.steps,
+        steps=route.steps if route else scenario.steps,
         outcome=result.outcome if result else "unanswered",
         reason=result.reason if result else served.reasons.get(request, ""),
         cluster=index,
@@ -157,30 +167,35 @@ def _row(
         public_source=cluster.source if cluster else None,
         similarity=cluster.similarity[cluster.members.index(request)] if cluster else None,
         shared_steps=shared,
-        edge_steps=None if shared is None or at_device is None else scenario.steps - shared - at_device,
-        device_steps=at_device,
+        edge_steps=own["edge"] if own else None,
+        cloud_steps=own["cloud"] if own else None,
+        device_steps=own["device"] if own else None,
         quality=quality,
         latency_s=(result.finished - result.asked - planning) / pace + planning if result and answered else None,
-        energy_j=on_edge + on_device + radio if answered else None,
+        energy_j=sum(joules.values()) + radio if answered else None,
         tflop=sum(s.flops for s in stages if s.name == "denoise") / 1e12 if answered else None,
         utility=None,
         predicted_quality=predicted.quality if predicted else None,
         predicted_latency_s=predicted.latency if predicted else None,
         predicted_energy_j=predicted.energy if predicted else None,
         predicted_utility=predicted.utility if predicted else None,
-        upload_s=_seconds(stages, "transfer", pace, node=device),
+        upload_s=_total(up) / pace,
         collect_s=_seconds(stages, "collect", pace),
         plan_s=planning,
         queue_s=_seconds(stages, "queue", pace),
-        edge_denoise_s=_seconds(stages, "denoise", pace, node=edge),
-        download_s=_seconds(stages, "transfer", pace, node=edge),
-        device_denoise_s=_seconds(stages, "denoise", pace, node=device),
+        edge_denoise_s=_seconds(by_kind["edge"], "denoise", pace),
+        cloud_denoise_s=_seconds(by_kind["cloud"], "denoise", pace),
+        relay_s=_total(between) / pace,
+        download_s=_total(down) / pace,
+        device_denoise_s=_seconds(by_kind["device"], "denoise", pace),
         decode_s=_seconds(stages, "decode", pace),
-        energy_edge_j=on_edge,
-        energy_device_j=on_device,
+        energy_edge_j=joules["edge"],
+        energy_cloud_j=joules["cloud"],
+        energy_device_j=joules["device"],
         energy_radio_j=radio,
-        bytes_up=sum(s.size for s in stages if s.name == "transfer" and s.node == device),
-        bytes_down=sum(s.size for s in stages if s.name == "transfer" and s.node == edge),
+        bytes_up=sum(s.size for s in up),
+        bytes_relayed=sum(s.size for s in between),
+        bytes_down=sum(s.size for s in down),
         overruns=sum(s.overruns for s in stages),
         modelled=any(s.modelled for s in stages),
         image=image,
@@ -193,15 +208,25 @@ def _outcome(row: RequestRow) -> Outcome | None:
     return Outcome(quality=row.quality, latency=row.latency_s, energy=row.energy_j)
 
 
-def _seconds(stages: Iterable[Stage], name: str, pace: float, *, node: str | None = None) -> float:
-    return sum(s.stop - s.start for s in stages if s.name == name and node in {None, s.node}) / pace
+def _seconds(stages: Iterable[Stage], name: str, pace: float) -> float:
+    return _total([s for s in stages if s.name == name]) / pace
 
 
-def _joules(stages: Iterable[Stage], node: str) -> float:
-    return sum(s.joules for s in stages if s.node == node)
+def _total(stages: Sequence[Stage]) -> float:
+    return sum(s.stop - s.start for s in stages)
 
 
-def _radio(stages: Iterable[Stage], radio: Radio, edge: str, pace: float) -> float:
-    """Transmission energy: the sender's power for as long as the transfer took."""
-    watts = {True: radio.edge_watts, False: radio.device_watts}
-    return sum(watts[s.node == edge] * (s.stop - s.start) / pace for s in stages if s.name == "transfer")
+def _transfers(stages: Iterable[Stage], device: str) -> tuple[list[Stage], list[Stage], list[Stage]]:
+    """Transfers from the device, to it, and between other nodes: the first two go by radio."""
+    transfers = [s for s in stages if s.name == "transfer"]
+    up = [s for s in transfers if s.node == device]
+    down = [s for s in transfers if s.node != device and s.to == device]
+    return up, down, [s for s in transfers if device not in {s.node, s.to}]
+
+
+def _own_steps(served: Served, request: str, kinds: Mapping[str, Kind]) -> dict[Kind, int]:
+    """The steps that the request shares with no other, by kind of node."""
+    found: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
+    for node, steps in served.own_steps[request].items():
+        found[kinds.get(node, "device")] += steps
+    return found

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
 from experiments.record import LinkRow, RequestRow, RunFolder
-from experiments.scenario import Scenario, arrival_times, load_prompts, to_yaml
+from experiments.scenario import Edge, Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from semct import frameworks
 from semct.cache import CacheSettings
 from semct.compute import check_names
-from semct.cost import Weights
+from semct.cost import Kind, Weights
 from semct.quality import Scorer, load_quality_model, load_scorer
 
 RUNNER = "runner"
 EDGE = "edge"
+CLOUD = "cloud"
 TESTBED = "local"
 
 _START = 180.0  # seconds until all nodes must have announced themselves
@@ -57,6 +58,7 @@ class Runner:
         self._session = session
         self._place = place
         self.devices = tuple(d.name for d in device_settings(scenario))
+        self.nodes = frozenset({EDGE, *(s.name for s in helper_settings(scenario)), *self.devices})
         self._births: dict[str, Birth] = {}
         self._served: Served | None = None
         self._news = asyncio.Condition()
@@ -74,11 +76,10 @@ class Runner:
                 self._news.notify_all()
 
     async def all_ready(self) -> None:
-        """Wait until the edge and all devices have announced themselves; raises ``RunFailed``."""
-        nodes = {EDGE, *self.devices}
+        """Wait until all nodes have announced themselves; raises ``RunFailed``."""
 
-        def missing() -> set[str]:
-            return nodes - {n for n, b in self._births.items() if b.state == "ready"}
+        def missing() -> frozenset[str]:
+            return self.nodes - {n for n, b in self._births.items() if b.state == "ready"}
 
         await self._wait(lambda: not missing() or bool(self._place.ended), _START)
         if missing():
@@ -109,7 +110,7 @@ class Runner:
         await self._wait(lambda: served.answered <= set(served.pictures), _AFTERMATH)
         late = f"no answer within {scenario.timeout:g} s"
         served.reasons = {r: self._place.ended.get(d, late) for r, d in devices.items() if r not in served.results}
-        nodes = {EDGE, *self.devices} - set(self._place.ended)
+        nodes = self.nodes - set(self._place.ended)
         await self._tell(nodes, Close(round=name))
         await self._wait(lambda: nodes - set(self._place.ended) <= set(served.spent), _AFTERMATH)
         self._served = None
@@ -117,7 +118,7 @@ class Runner:
 
     async def dismiss(self) -> None:
         """Tell all nodes to leave, and give them a moment to do so."""
-        nodes = {EDGE, *self.devices} - set(self._place.ended)
+        nodes = self.nodes - set(self._place.ended)
         await self._tell(nodes, Close())
         await self._wait(lambda: all(self._births[n].state != "ready" for n in nodes), _FAREWELL)
 
@@ -150,7 +151,7 @@ class Runner:
         await asyncio.sleep(max(0.0, due - time.time()))
         await self._session.publish(self._session.topics.inbox(device, "control"), ask)
 
-    async def _tell(self, nodes: set[str], message: Close) -> None:
+    async def _tell(self, nodes: Set[str], message: Close) -> None:
         async with asyncio.TaskGroup() as tasks:
             for node in sorted(nodes):
                 tasks.create_task(self._session.publish(self._session.topics.inbox(node, "control"), message))
@@ -202,19 +203,26 @@ async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: 
         )
         if refused:
             raise PlaceFailed(refused)
+        helpers = helper_settings(scenario)
         for name in scenario.frameworks:
-            frameworks.load(name)
-        for compute in (scenario.edge.compute, *(group.compute for group in scenario.devices)):
-            check_names(compute, scenario.emulated_model)
+            frameworks.check_needs(
+                name,
+                edges=1 + sum(h.kind == "edge" for h in helpers),
+                clouds=sum(h.kind == "cloud" for h in helpers),
+                small=scenario.small_model in edge_settings(scenario).models,
+            )
+        for node in (edge_settings(scenario), *helpers, *device_settings(scenario)):
+            check_names(node.profile, (node.emulated_models.get(model, model) for model in node.models))
         prompts = load_prompts(scenario, beside)
         place = LocalPlace(
             edge=edge_settings(scenario),
+            helpers=helpers,
             devices=device_settings(scenario),
             implementation=scenario.broker.implementation,
             logs=folder.logs,
         )
         async with place:
-            watcher.note("broker, edge and devices have started")
+            watcher.note("the broker and all nodes have started")
             folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
             subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
             async with Session(
@@ -256,7 +264,10 @@ async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunF
         folder.add(LinkRow(device=device, implementation=place.described.links))
     watcher.note(f"all {len(profiles)} nodes are ready")
     alone = load_quality_model(scenario.planning.quality).quality(1.0, 0.0)
-    references = rows.predicted_references(computes, scenario, edge=EDGE, quality=float(alone))
+    references = rows.predicted_references(
+        {d: computes[d] for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
+    )
+    kinds = {name: birth.role for name, birth in runner.births.items()}
     unanswered: dict[str, str] = {}
     total = scenario.repetitions * len(scenario.frameworks)
     for repetition in range(scenario.repetitions):
@@ -265,7 +276,7 @@ async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunF
             watcher.rounds(done, total)
             folder.event("round", framework=framework, repetition=repetition)
             served = await runner.serve(framework, repetition, watcher)
-            found += await _keep(served, scenario, scorer, place, folder)
+            found += await _keep(served, scenario, scorer, place, folder, kinds=kinds)
             unanswered |= served.unanswered
             watcher.note(f"{framework}: {len(served.answered)} of {len(served.prompts)} users have their picture")
         for row in rows.with_utility(found, weights(scenario), references):
@@ -278,7 +289,13 @@ async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunF
 
 
 async def _keep(
-    served: Served, scenario: Scenario, scorer: Scorer, place: Place, folder: RunFolder
+    served: Served,
+    scenario: Scenario,
+    scorer: Scorer,
+    place: Place,
+    folder: RunFolder,
+    *,
+    kinds: Mapping[str, Kind],
 ) -> list[RequestRow]:
     """Score a round's pictures, and keep all that the round left."""
     folder.event("planned", round=served.round, plan=served.plan, seconds=served.seconds)
@@ -289,11 +306,11 @@ async def _keep(
         scores = await asyncio.to_thread(scorer.score, pixels, [served.prompts[r] for r in shown])
         quality = {r: float(score) for r, score in zip(shown, scores, strict=True)}
     images = {r: folder.image(served.framework, r, served.pictures[r]) for r in shown}
-    found = rows.request_rows(served, scenario, edge=EDGE, quality=quality, images=images)
+    found = rows.request_rows(served, scenario, kinds=kinds, quality=quality, images=images)
     memory = place.memory()
     for row in found:
         folder.add(row)
-    for node in rows.node_rows(served, edge=EDGE, memory=memory, ended=place.ended):
+    for node in rows.node_rows(served, kinds=kinds, memory=memory, ended=place.ended):
         folder.add(node)
     folder.update(
         overruns=folder.info.overruns + sum(spent.overruns for spent in served.spent.values()),
@@ -312,7 +329,7 @@ def drawn_prompts(scenario: Scenario, prompts: Sequence[str], repetition: int) -
 
 def device_settings(scenario: Scenario) -> list[DeviceSettings]:
     """The settings of every device of a scenario, named device-1, device-2, ..."""
-    computes = [group.compute for group in scenario.devices for _ in range(group.count)]
+    groups = [group for group in scenario.devices for _ in range(group.count)]
     return [
         DeviceSettings(
             testbed=TESTBED,
@@ -320,30 +337,32 @@ def device_settings(scenario: Scenario) -> list[DeviceSettings]:
             edge=EDGE,
             host=HOST,
             port=scenario.broker.port,
-            model=scenario.model,
-            profile=compute,
-            emulated_model=scenario.emulated_model,
+            models=_models(scenario, group.models),
+            profile=group.compute,
+            emulated_models=_emulated(scenario),
             slowdown=scenario.slowdown,
             latent_dtype=scenario.latent_dtype,
         )
-        for number, compute in enumerate(computes, 1)
+        for number, group in enumerate(groups, 1)
     ]
 
 
+def helper_settings(scenario: Scenario) -> list[EdgeSettings]:
+    """The settings of the edge nodes beside the planning one (edge-2, edge-3, ...) and of the cloud."""
+    edges = [group for group in scenario.edges for _ in range(group.count)]
+    helpers = [_site(scenario, node, f"{EDGE}-{number}") for number, node in enumerate(edges, 2)]
+    if scenario.cloud is not None:
+        helpers.append(msgspec.structs.replace(_site(scenario, scenario.cloud, CLOUD), kind="cloud"))
+    return helpers
+
+
 def edge_settings(scenario: Scenario) -> EdgeSettings:
-    """The settings of a scenario's edge."""
-    return EdgeSettings(
-        testbed=TESTBED,
-        name=EDGE,
-        host=HOST,
-        port=scenario.broker.port,
-        model=scenario.model,
-        profile=scenario.edge.compute,
-        emulated_model=scenario.emulated_model,
-        slowdown=scenario.slowdown,
-        latent_dtype=scenario.latent_dtype,
-        rows=scenario.edge.rows,
+    """The settings of a scenario's planning edge."""
+    return msgspec.structs.replace(
+        _site(scenario, scenario.edge, EDGE),
+        plans=True,
         threads=max(1, len(os.sched_getaffinity(0)) // 2),
+        small_model=scenario.small_model,
         clusters=scenario.planning.clusters,
         weights=weights(scenario),
         most_shared=scenario.planning.most_shared,
@@ -351,6 +370,32 @@ def edge_settings(scenario: Scenario) -> EdgeSettings:
         writer=scenario.planning.writer,
         cache=msgspec.convert(scenario.planning.cache, CacheSettings, from_attributes=True),
     )
+
+
+def _site(scenario: Scenario, node: Edge, name: str) -> EdgeSettings:
+    """The settings of an edge or cloud node that does not plan."""
+    return EdgeSettings(
+        testbed=TESTBED,
+        name=name,
+        host=HOST,
+        port=scenario.broker.port,
+        models=_models(scenario, node.models),
+        profile=node.compute,
+        emulated_models=_emulated(scenario),
+        slowdown=scenario.slowdown,
+        latent_dtype=scenario.latent_dtype,
+        rows=node.rows,
+        plans=False,
+    )
+
+
+def _models(scenario: Scenario, others: Sequence[str]) -> tuple[str, ...]:
+    """What a node holds: the scenario's model first, then its others."""
+    return tuple(dict.fromkeys((scenario.model, *others)))
+
+
+def _emulated(scenario: Scenario) -> dict[str, str]:
+    return {scenario.model: scenario.emulated_model, scenario.small_model: scenario.emulated_small_model}
 
 
 def weights(scenario: Scenario) -> Weights:

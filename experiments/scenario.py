@@ -41,17 +41,32 @@ class Prompts(Part, frozen=True, kw_only=True):
 
 
 class Edge(Part, frozen=True, kw_only=True):
-    """The edge node. ``compute`` is hardware to emulate, or ``native``; ``rows`` bounds a denoiser call."""
+    """The edge node that plans. ``compute`` is hardware to emulate, or ``native``; ``rows`` bounds a denoiser call.
+
+    ``models`` are those that it holds beside the scenario's ``model``.
+    """
 
     compute: str = "a100"
     rows: Count = 8
+    models: tuple[str, ...] = ()
+
+
+class MoreEdges(Edge, frozen=True, kw_only=True):
+    """A number of like edge nodes beside the one that plans."""
+
+    count: Count = 1
+
+
+class Cloud(Edge, frozen=True, kw_only=True):
+    """The cloud node: the edge program in a distant data centre, without planning."""
 
 
 class Devices(Part, frozen=True, kw_only=True):
-    """A number of like devices."""
+    """A number of like devices; ``models`` are those that each holds beside the scenario's ``model``."""
 
     count: Count
     compute: str = "rtx-3090-ti"
+    models: tuple[str, ...] = ()
 
 
 class Cache(Part, frozen=True, kw_only=True):
@@ -110,11 +125,12 @@ class Broker(Part, frozen=True, kw_only=True):
 class Scenario(Part, frozen=True, kw_only=True):
     """One experiment: every framework serves the same users with the same noise, ``repetitions`` times.
 
-    ``model`` is the diffusion model that runs, ``emulated_model`` the one whose size and pace an emulated node
-    shows; ``arrivals`` say when users ask: all at once, at random, or each at a time of its own in seconds, device by
-    device; ``steps`` is T; ``scorer`` judges the pictures; ``timeout`` are the seconds after which a request
-    of a round counts as unanswered, ``window`` those for which the edge collects a batch; ``slowdown``
-    stretches emulated time, and is divided out of the record.
+    ``model`` is the diffusion model that runs on every node, ``small_model`` a smaller one of the same latents that
+    some nodes may hold beside it; ``emulated_model`` and ``emulated_small_model`` are those whose size and pace
+    emulated nodes show for the two. ``edge`` plans, ``edges`` are others beside it. ``arrivals`` say when users ask:
+    all at once, at random, or each at a time of its own in seconds, device by device. ``steps`` is T; ``scorer``
+    judges the pictures; ``timeout`` are the seconds after which a request of a round counts as unanswered, ``window``
+    those for which the edge collects a batch; ``slowdown`` stretches emulated time, and is divided out of the record.
     """
 
     name: Name
@@ -124,10 +140,14 @@ class Scenario(Part, frozen=True, kw_only=True):
     frameworks: Annotated[tuple[str, ...], Meta(min_length=1)] = ("semct", "device-only")
     devices: Annotated[tuple[Devices, ...], Meta(min_length=1)]
     edge: Edge = Edge()
+    edges: tuple[MoreEdges, ...] = ()
+    cloud: Cloud | None = None
     prompts: Prompts = Prompts()
     arrivals: Poisson | Literal["batch"] | tuple[Annotated[float, Meta(ge=0, le=3600)], ...] = "batch"
     model: str = "embedded"
+    small_model: str = "embedded-small"
     emulated_model: str = "sd3-medium"
+    emulated_small_model: str = "sd3-800m"
     scorer: str = "embedded"
     steps: Annotated[int, Meta(ge=1, le=1000)] = 28
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -177,6 +197,8 @@ def load_scenario(path: Path) -> Scenario:
     if isinstance(scenario.arrivals, tuple) and len(scenario.arrivals) != scenario.users:
         times = len(scenario.arrivals)
         raise BadScenario(f"{path}: `arrivals` must give each of {scenario.users} devices a time, it gives {times}")
+    if scenario.small_model == scenario.model:
+        raise BadScenario(f"{path}: `small_model` must be another model than `model`, both are {scenario.model!r}")
     twice = {f for f in scenario.frameworks if scenario.frameworks.count(f) > 1}
     if twice:
         raise BadScenario(f"{path}: framework {twice.pop()!r} stands twice under `frameworks`")

@@ -9,7 +9,7 @@ from functools import cached_property
 import msgspec
 
 from broker.messages import Planned, Result, Spent
-from semct.routes import Plan, merged, shared_steps
+from semct.routes import Plan, merged, own_steps, shared_steps
 
 
 @dataclass(kw_only=True)
@@ -43,9 +43,17 @@ class Served:
     @cached_property
     def shared_steps(self) -> dict[str, int]:
         """How many steps of each planned request another one shares; only over a cache one of another batch does."""
-        if any(p.caching for p in self._plans):
-            return shared_steps(merged(self._plans).routes)
-        return {request: steps for p in self._plans for request, steps in shared_steps(p.routes).items()}
+        return {request: steps for p in self._batches for request, steps in shared_steps(p.routes).items()}
+
+    @cached_property
+    def own_steps(self) -> dict[str, dict[str, int]]:
+        """How many steps of each planned request no other one shares, by node."""
+        return {request: steps for p in self._batches for request, steps in own_steps(p.routes).items()}
+
+    @property
+    def _batches(self) -> list[Plan]:
+        """The plans within which requests share steps."""
+        return [merged(self._plans)] if any(p.caching for p in self._plans) else self._plans
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -21,16 +21,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from broker import messages
-from edge_node.planning import DeviceLinks, Planner
+from edge_node.planning import NodeLinks, Planner
 from edge_node.process import load_writer
 from experiments.record import Provenance, new_folder, provenance
-from experiments.runner import device_settings, drawn_prompts, edge_settings
+from experiments.runner import device_settings, drawn_prompts, edge_settings, helper_settings
 from experiments.scenario import Scenario, load_prompts, load_scenario, to_yaml
 from experiments.summary import render, summarise, write_csv
 from netem.course import Setting, resolve
 from netem.link import LinkState
+from node.settings import NodeSettings
 from semct.compute import EMULATED_MODELS, PROFILES, Native, check_names
-from semct.cost import Link
+from semct.cost import Kind, Link
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import PublicPrompt, Writer
@@ -105,14 +106,14 @@ class Simulator:
     def __init__(self, encoder: SentenceEncoder) -> None:
         self._encoder = encoder
         self._writers: dict[str, Writer] = {}
-        self._paces: dict[tuple[str, str, str], tuple[messages.Compute, float]] = {}
+        self._paces: dict[Hashable, tuple[messages.Compute, dict[str, float]]] = {}
 
     def play(
         self,
         scenario: Scenario,
         prompts: Sequence[str],
         *,
-        links: Callable[[int], Mapping[str, DeviceLinks]] = lambda _: {},
+        links: Callable[[int], Mapping[str, NodeLinks]] = lambda _: {},
         watch: Callable[[str, int], None] = lambda *_: None,
     ) -> Simulation:
         """Every framework and repetition of a scenario.
@@ -151,24 +152,24 @@ class Simulator:
                 frames.append(_frame(asked, plan, found, step_tflop, framework=framework, repetition=repetition))
         return Simulation(requests=pl.concat(frames), seconds=seconds)
 
-    def links(self, setting: Setting, scenario: Scenario) -> Callable[[int], Mapping[str, DeviceLinks]]:
+    def links(self, setting: Setting, scenario: Scenario) -> Callable[[int], Mapping[str, NodeLinks]]:
         """The links of a scenario's devices in each repetition, as they are at its start."""
         radio = scenario.radio
 
-        def drawn(repetition: int) -> dict[str, DeviceLinks]:
+        def drawn(repetition: int) -> dict[str, NodeLinks]:
             seed = scenario.seed + repetition
             links = [resolve(setting, number, seed).at(0.0) for number in range(1, scenario.users + 1)]
             return {
-                device.name: DeviceLinks(up=_link(link.up, radio.device_watts), down=_link(link.down, radio.edge_watts))
+                device.name: NodeLinks(up=_link(link.up, radio.device_watts), down=_link(link.down, radio.edge_watts))
                 for device, link in zip(device_settings(scenario), links, strict=True)
             }
 
         return drawn
 
-    def _planner(self, scenario: Scenario, links: Mapping[str, DeviceLinks]) -> tuple[Planner, dict[str, float]]:
+    def _planner(self, scenario: Scenario, links: Mapping[str, NodeLinks]) -> tuple[Planner, dict[str, float]]:
         """The planner of a scenario's edge that has met all devices, and the TFLOP of a step by model."""
         settings = edge_settings(scenario)
-        compute, step_tflop = self._pace(settings.profile, scenario)
+        compute, step_tflop = self._pace(settings)
         planner = Planner(
             edge=settings.name,
             compute=compute,
@@ -178,42 +179,50 @@ class Simulator:
             most_shared=settings.most_shared,
             clusters=settings.clusters,
             model=scenario.model,
+            small_model=scenario.small_model,
             quality=load_quality_model(settings.quality),
             encoder=self._encoder,
             writer=self._writer(settings.writer),
             cache=settings.cache,
         )
-        for device in device_settings(scenario):
-            planner.meet(device.name, self._pace(device.profile, scenario)[0])
-        return planner, {scenario.model: step_tflop}
+        others: list[tuple[NodeSettings, Kind]] = [(helper, helper.kind) for helper in helper_settings(scenario)]
+        others += [(device, "device") for device in device_settings(scenario)]
+        for node, kind in others:
+            compute, tflop = self._pace(node)
+            planner.meet(node.name, kind, compute)
+            step_tflop = step_tflop | tflop
+        return planner, step_tflop
 
     def _writer(self, name: str) -> Writer:
         if name not in self._writers:
             self._writers[name] = RememberingWriter(load_writer(name, self._encoder))
         return self._writers[name]
 
-    def _pace(self, profile: str, scenario: Scenario) -> tuple[messages.Compute, float]:
-        """How a node computes, and the TFLOP of a step: from the tables, or measured where it is native."""
-        key = (profile, scenario.model, scenario.emulated_model)
+    def _pace(self, node: NodeSettings) -> tuple[messages.Compute, dict[str, float]]:
+        """How a node computes, and the TFLOP of a step by model: from the tables, or measured where it is native."""
+        stands_for = tuple(node.emulated_models.get(model, model) for model in node.models)
+        key = (node.profile, node.models, stands_for)
         if key not in self._paces:
-            check_names(profile, scenario.emulated_model)
-            if profile == Native.profile:
-                denoiser = Denoiser.load(scenario.model)
-                step, decode = Native(denoiser).step_cost, Native(denoiser).decode_cost
-                seconds = (step.seconds, decode.seconds)
-                watts, tflop = 0.0, denoiser.flops_per_step / 1e12
+            check_names(node.profile, stands_for)
+            if node.profile == Native.profile:
+                denoisers = [Denoiser.load(model) for model in node.models]
+                pace = Native()
+                steps, decode = [pace.step_cost(d) for d in denoisers], pace.decode_cost(denoisers[0])
+                tflop = [d.flops_per_step / 1e12 for d in denoisers]
             else:
-                hardware, model = PROFILES[profile], EMULATED_MODELS[scenario.emulated_model]
-                seconds = (model.step_tflop / hardware.tflops, model.decode_tflop / hardware.tflops)
-                watts, tflop = hardware.watts, model.step_tflop
+                hardware, models = PROFILES[node.profile], [EMULATED_MODELS[name] for name in stands_for]
+                steps, decode = [hardware.cost(m.step_tflop) for m in models], hardware.cost(models[0].decode_tflop)
+                tflop = [m.step_tflop for m in models]
+            first, *rest = (messages.Pace(step_seconds=s.seconds, step_joules=s.joules) for s in steps)
             compute = messages.Compute(
-                profile=profile,
-                step_seconds=seconds[0],
-                step_joules=watts * seconds[0],
-                decode_seconds=seconds[1],
-                decode_joules=watts * seconds[1],
+                profile=node.profile,
+                step_seconds=first.step_seconds,
+                step_joules=first.step_joules,
+                decode_seconds=decode.seconds,
+                decode_joules=decode.joules,
+                others=dict(zip(node.models[1:], rest, strict=True)),
             )
-            self._paces[key] = compute, tflop
+            self._paces[key] = compute, dict(zip(node.models, tflop, strict=True))
         return self._paces[key]
 
 

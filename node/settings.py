@@ -16,18 +16,19 @@ from broker.messages import Name
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the node belongs and how it computes.
 
-    ``profile`` is ``native`` or hardware to emulate, ``emulated_model`` the model whose size and pace the
-    emulation shows; ``slowdown`` stretches emulated time; ``rows`` bounds a denoiser call; ``latent_dtype`` is
-    what latents travel as; ``threads`` are torch's.
+    ``models`` are the diffusion models that it holds, the testbed's main one first; they share one latent space.
+    ``profile`` is ``native`` or hardware to emulate, ``emulated_models`` says for a model whose size and pace
+    the emulation shows, where that is not what ``semct.compute.STANDS_FOR`` says; ``slowdown`` stretches emulated
+    time; ``rows`` bounds a denoiser call; ``latent_dtype`` is what latents travel as; ``threads`` are torch's.
     """
 
     testbed: Name
     name: Name
     host: str
     port: int
-    model: str = "embedded"
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("embedded",)
     profile: str = "native"
-    emulated_model: str = "sd3-medium"
+    emulated_models: dict[str, str] = {}
     slowdown: float = 1.0
     rows: Annotated[int, Meta(ge=1)] = 8
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"

@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 import io
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import takewhile
 from typing import Literal, NoReturn
 
@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from broker.messages import Compute, Spent, Stage, Work
+from broker.messages import Compute, Pace, Spent, Stage, Work
+from broker.session import Incoming
 from node.latents import pack, unpack
 from node.settings import NodeSettings
 from semct.cache import LatentCache
-from semct.compute import Processor, processor
+from semct.compute import STANDS_FOR, Processor, processor
 from semct.diffusion import Denoiser
 from semct.engine import Done, Engine, Job, Totals
 from semct.routes import Segment
@@ -28,23 +29,31 @@ _libc = ctypes.CDLL(None)
 
 
 class Worker:
-    """Runs the node's own segments of many requests at once. ``drive`` must run beside its users."""
+    """Runs the node's own segments of many requests at once. ``drive`` must run beside its users.
+
+    ``denoisers`` are the models that the node holds, by name, the testbed's main one first. They must share one
+    latent space, since a latent goes from one to another: raises ``ValueError`` where they cannot.
+    """
 
     def __init__(
         self,
         *,
         name: str,
-        denoiser: Denoiser,
+        denoisers: Mapping[str, Denoiser],
         pace: Processor,
         rows: int,
         latent_dtype: Literal["float16", "bfloat16", "float32"],
     ) -> None:
         self._name = name
-        self._denoiser = denoiser
+        self._denoisers = denoisers
+        self._main = next(iter(denoisers.values()))
+        odd = [d.name for d in denoisers.values() if d.latent_shape != self._main.latent_shape]
+        if odd:
+            raise ValueError(f"{name} cannot hold {odd[0]!r} beside {self._main.name!r}: their latents differ in shape")
         self._pace = pace
         self._latent_dtype = latent_dtype
         self._rows = rows
-        self._engine = Engine({denoiser.name: denoiser}, pace, rows=rows)
+        self._engine = Engine(denoisers, pace, rows=rows)
         self._waiting: list[Job] = []
         self._running: dict[str, asyncio.Future[Done]] = {}
         self._wake = asyncio.Event()
@@ -53,12 +62,13 @@ class Worker:
     @property
     def models(self) -> tuple[str, ...]:
         """The models that this node holds."""
-        return (self._denoiser.name,)
+        return tuple(self._denoisers)
 
     @property
     def compute(self) -> Compute:
         """How this node computes, for its birth."""
-        step, decode = self._pace.step_cost, self._pace.decode_cost
+        steps = {name: self._pace.step_cost(denoiser) for name, denoiser in self._denoisers.items()}
+        step, decode = steps.pop(self._main.name), self._pace.decode_cost(self._main)
         return Compute(
             profile=self._pace.profile,
             step_seconds=step.seconds,
@@ -66,12 +76,13 @@ class Worker:
             decode_seconds=decode.seconds,
             decode_joules=decode.joules,
             rows=self._rows,
+            others={n: Pace(step_seconds=s.seconds, step_joules=s.joules) for n, s in steps.items()},
         )
 
     @property
     def latent_bytes(self) -> int:
         """Bytes that an intermediate result takes on the wire."""
-        latent = pack(self._denoiser.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)
+        latent = pack(self._main.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)
         return len(latent.data) + len(latent.padding)
 
     async def drive(self) -> NoReturn:
@@ -107,7 +118,7 @@ class Worker:
             seed=work.seed,
             steps=work.steps,
             segments=tuple(msgspec.convert(s, Segment, from_attributes=True) for s in own),
-            latent=None if work.latent is None else unpack(work.latent, self._denoiser.latent_shape),
+            latent=None if work.latent is None else unpack(work.latent, self._main.latent_shape),
             group=group,
             weight=weight,
             cache=cache,
@@ -140,9 +151,9 @@ class Worker:
         """Turn the latent of a finished route into a picture (PNG)."""
         if work.latent is None:
             raise ValueError(f"request {work.request} has no latent to decode")
-        latent = unpack(work.latent, self._denoiser.latent_shape)
+        latent = unpack(work.latent, self._main.latent_shape)
         start = time.time()
-        pixels, cost = await asyncio.to_thread(self._pace.decode, self._denoiser, [latent])
+        pixels, cost = await asyncio.to_thread(self._pace.decode, self._main, [latent])
         stage = Stage(
             name="decode",
             node=self._name,
@@ -157,7 +168,8 @@ class Worker:
 
     def spent(self, round_id: str) -> Spent:
         """What the engine did since the last report; the round is over, and its prompts are forgotten."""
-        self._denoiser.forget()
+        for denoiser in self._denoisers.values():
+            denoiser.forget()
         if hasattr(_libc, "malloc_trim"):  # what the round needed goes back to the machine, glibc keeps it else
             _libc.malloc_trim(0)
         now, before = self._engine.totals, self._reported
@@ -184,18 +196,26 @@ class Worker:
                     waiter.set_exception(error)
 
 
-def received(work: Work, sender: str, at: float, size: int) -> Work:
-    """The work with the stage of its transfer from ``sender``, ``size`` bytes that arrived at ``at``."""
-    transfer = Stage(name="transfer", node=sender, start=work.sent, stop=max(at, work.sent), size=size)
+def received(work: Work, incoming: Incoming, receiver: str) -> Work:
+    """The work with the stage of its transfer to ``receiver``, by whom the message says it came.
+
+    Raises ``ValueError`` for work in an inbox that does not say who sent it.
+    """
+    sender = incoming.topic.node if incoming.topic.to else work.sender
+    if sender is None:
+        raise ValueError(f"the work of request {work.request} does not say who sent it")
+    stop = max(incoming.received, work.sent)
+    transfer = Stage(name="transfer", node=sender, to=receiver, start=work.sent, stop=stop, size=incoming.size)
     return msgspec.structs.replace(work, stages=(*work.stages, transfer))
 
 
-def make_worker(settings: NodeSettings, denoiser: Denoiser) -> Worker:
-    """The worker of a node on a denoiser that is already loaded."""
-    pace = processor(denoiser, settings.profile, settings.emulated_model, slowdown=settings.slowdown)
+def make_worker(settings: NodeSettings, denoisers: Mapping[str, Denoiser]) -> Worker:
+    """The worker of a node on denoisers that are already loaded."""
+    emulated = {model: (STANDS_FOR | settings.emulated_models).get(model, model) for model in denoisers}
+    pace = processor(settings.profile, emulated, slowdown=settings.slowdown)
     return Worker(
         name=settings.name,
-        denoiser=denoiser,
+        denoisers=denoisers,
         pace=pace,
         rows=settings.rows,
         latent_dtype=settings.latent_dtype,

@@ -8,7 +8,7 @@ overrun, and is counted. Emulation wraps the denoiser, so neither engine nor nod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -16,9 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semct.diffusion import Conditioning, Denoiser
+from semct.diffusion import EMBEDDED, EMBEDDED_SMALL, Conditioning, Denoiser
 
 T = TypeVar("T")
+
+
+class Cost(NamedTuple):
+    """What one call took: seconds, joules, FLOPs; whether it overran its profile; whether it is modelled."""
+
+    seconds: float
+    joules: float
+    flops: float
+    overrun: bool
+    modelled: bool
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +41,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     tflops: float
     watts: float
     source: str
+
+    def cost(self, tflop: float) -> Cost:
+        """What so much work takes on this hardware."""
+        seconds = tflop / self.tflops
+        return Cost(seconds, seconds * self.watts, tflop * 1e12, overrun=False, modelled=True)
 
 
 class EmulatedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,19 +106,21 @@ EMULATED_MODELS = {
             source="SemCT, Table 1: 16800 TFLOP for 50 x 28 steps; decode counted by torch on diffusers' "
             "AutoencoderKL (which counts 16.9 TFLOP for a guided step of 1024 x 1024 and 154 tokens)",
         ),
+        EmulatedModel(
+            name="sd3-800m",
+            step_tflop=5.6,
+            decode_tflop=10.5,
+            latent_bytes=16 * 128 * 128 * 2,
+            source="modelled: the smallest of the sizes that Stability AI announced with Stable Diffusion 3 (800 M to "
+            "8 B parameters, arXiv 2403.03206), taken as its architecture at depth 18 (856 M), for which torch counts "
+            "7.87 TFLOP where it counts 16.87 for SD3 Medium (depth 24); that part of SD3 Medium's 12 TFLOP",
+        ),
     )
 }
 """The models that can be emulated, by name."""
 
-
-class Cost(NamedTuple):
-    """What one call took: seconds, joules, FLOPs; whether it overran its profile; whether it is modelled."""
-
-    seconds: float
-    joules: float
-    flops: float
-    overrun: bool
-    modelled: bool
+STANDS_FOR = {EMBEDDED: "sd3-medium", EMBEDDED_SMALL: "sd3-800m"}
+"""Whose size and pace an emulated node shows for the models that come with the package, unless told otherwise."""
 
 
 class Processor(Protocol):
@@ -119,13 +136,11 @@ class Processor(Protocol):
         """The least size of a latent on the wire; shorter ones are padded."""
         ...
 
-    @property
-    def step_cost(self) -> Cost:
+    def step_cost(self, denoiser: Denoiser) -> Cost:
         """What the planner expects of one row's step."""
         ...
 
-    @property
-    def decode_cost(self) -> Cost:
+    def decode_cost(self, denoiser: Denoiser) -> Cost:
         """What the planner expects of one decode."""
         ...
 
@@ -151,23 +166,20 @@ class Native:
     profile = "native"
     latent_bytes = 0
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self._expected: Cost | None = None
+    def __init__(self) -> None:
+        self._expected: dict[str, Cost] = {}
 
-    @property
-    def step_cost(self) -> Cost:
-        """Measured on first use: the fastest of three steps."""
-        if self._expected is None:
-            noise, text = self._denoiser.noise(0), self._denoiser.encode("")
-            costs = [self.step(self._denoiser, [noise], [0], [1], [text])[1] for _ in range(3)]
-            self._expected = min(costs)
-        return self._expected
+    def step_cost(self, denoiser: Denoiser) -> Cost:
+        """Measured on first use of a model: the fastest of three steps."""
+        if denoiser.name not in self._expected:
+            noise, text = denoiser.noise(0), denoiser.encode("")
+            costs = [self.step(denoiser, [noise], [0], [1], [text])[1] for _ in range(3)]
+            self._expected[denoiser.name] = min(costs)
+        return self._expected[denoiser.name]
 
-    @property
-    def decode_cost(self) -> Cost:
+    def decode_cost(self, denoiser: Denoiser) -> Cost:
         """Its time is taken as free, being small beside the steps'. Its operations are counted here, on first use."""
-        return Cost(0.0, 0.0, float(self._denoiser.flops_per_decode), overrun=False, modelled=False)
+        return Cost(0.0, 0.0, float(denoiser.flops_per_decode), overrun=False, modelled=False)
 
     def step(
         self,
@@ -190,25 +202,29 @@ class Native:
 
 
 class Emulated:
-    """Another machine's pace with another model, held in real time stretched by ``slowdown``."""
+    """Another machine's pace with other models, held in real time stretched by ``slowdown``.
 
-    def __init__(self, profile: Profile, model: EmulatedModel, *, slowdown: float = 1.0) -> None:
-        self.profile = profile.name
-        self.latent_bytes = model.latent_bytes
-        self._watts = profile.watts
-        self._tflops = profile.tflops
-        self._model = model
+    ``models`` says which model each denoiser stands for, by the denoiser's name.
+    """
+
+    def __init__(self, profile: Profile, models: Mapping[str, EmulatedModel], *, slowdown: float = 1.0) -> None:
+        self.latent_bytes = max(m.latent_bytes for m in models.values())
+        self._profile = profile
+        self._models = models
         self._slowdown = slowdown
 
     @property
-    def step_cost(self) -> Cost:
-        """One row's step by the profile."""
-        return self._cost(self._model.step_tflop)
+    def profile(self) -> str:
+        """The profile's name."""
+        return self._profile.name
 
-    @property
-    def decode_cost(self) -> Cost:
+    def step_cost(self, denoiser: Denoiser) -> Cost:
+        """One row's step by the profile."""
+        return self._profile.cost(self._models[denoiser.name].step_tflop)
+
+    def decode_cost(self, denoiser: Denoiser) -> Cost:
         """One decode by the profile."""
-        return self._cost(self._model.decode_tflop)
+        return self._profile.cost(self._models[denoiser.name].decode_tflop)
 
     def step(
         self,
@@ -219,17 +235,13 @@ class Emulated:
         conditionings: Sequence[Conditioning],
     ) -> tuple[list[Tensor], Cost]:
         """``Denoiser.step``, held for the profile's time: rows share a saturated GPU, so it grows with them."""
-        cost = self._cost(self._model.step_tflop * len(latents))
+        cost = self._profile.cost(self._models[denoiser.name].step_tflop * len(latents))
         return self._held(lambda: denoiser.step(latents, at, of, conditionings), cost)
 
     def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
         """``Denoiser.decode``, held for the profile's time."""
-        cost = self._cost(self._model.decode_tflop * len(latents))
+        cost = self._profile.cost(self._models[denoiser.name].decode_tflop * len(latents))
         return self._held(lambda: denoiser.decode(latents), cost)
-
-    def _cost(self, tflop: float) -> Cost:
-        seconds = tflop / self._tflops
-        return Cost(seconds, seconds * self._watts, tflop * 1e12, overrun=False, modelled=True)
 
     def _held(self, call: Callable[[], T], cost: Cost) -> tuple[T, Cost]:
         result, real = _timed(call)
@@ -244,20 +256,24 @@ class UnknownProfile(ValueError):
     """A scenario names hardware or a model to emulate that is not in the tables."""
 
 
-def check_names(profile: str, model: str) -> None:
+def check_names(profile: str, models: Iterable[str]) -> None:
     """Raise ``UnknownProfile`` unless a node can compute like this."""
     if profile != Native.profile:
         _named(PROFILES, profile, "compute profile")
-        _named(EMULATED_MODELS, model, "emulated model")
+        for model in models:
+            _named(EMULATED_MODELS, model, "emulated model")
 
 
-def processor(denoiser: Denoiser, profile: str, model: str, *, slowdown: float) -> Processor:
-    """The processor of a node: ``profile`` is ``native`` or a name in ``PROFILES``."""
+def processor(profile: str, models: Mapping[str, str], *, slowdown: float) -> Processor:
+    """The processor of a node: ``profile`` is ``native`` or a name in ``PROFILES``.
+
+    ``models`` are names in ``EMULATED_MODELS``: what each of the node's denoisers stands for, by its name.
+    """
     if profile == Native.profile:
-        return Native(denoiser)
+        return Native()
     return Emulated(
         _named(PROFILES, profile, "compute profile"),
-        _named(EMULATED_MODELS, model, "emulated model"),
+        {denoiser: _named(EMULATED_MODELS, model, "emulated model") for denoiser, model in models.items()},
         slowdown=slowdown,
     )
 

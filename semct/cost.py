@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,11 +31,26 @@ def transfer(size: int, rate: Amount, delay: Amount) -> Amount:
     return delay + airtime(size, rate)
 
 
+Kind = Literal["edge", "cloud", "device"]
+"""What a node is: near the users, in a distant data centre, or a user's own."""
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """What one row's denoising step with one model takes on a node, alone: seconds and joules."""
+
+    step_seconds: float
+    step_joules: float
+
+
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """What denoising and decoding take on a node, alone: seconds and joules.
 
     A denoiser call takes ``call_*`` once and ``step_*`` for each of its rows, of which it takes up to ``rows``.
     Emulated nodes are saturated GPUs: their calls cost nothing beside their rows.
+
+    The step is one with the main model, which every node holds; ``others`` are the paces of the other models
+    that it holds, by name. ``backlog`` are the seconds of work that earlier plans gave it and that it has not
+    finished yet, as far as the planner can tell.
     """
 
     step_seconds: float
@@ -45,6 +60,13 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     call_seconds: float = 0.0
     call_joules: float = 0.0
     rows: int = 8
+    kind: Kind = "device"
+    others: Mapping[str, Pace] = {}
+    backlog: float = 0.0
+
+    def pace(self, model: str) -> Pace:
+        """What a row's step with this model takes; the main model's where it is none of the others."""
+        return self.others.get(model) or Pace(step_seconds=self.step_seconds, step_joules=self.step_joules)
 
     @property
     def lone_seconds(self) -> float:
@@ -68,7 +90,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device's wireless link gives in one direction; an infinite rate means that nothing shapes it.
+    """What a node's link to the hub gives in one direction; an infinite rate means that nothing shapes it.
 
     ``watts`` is the sender's transmission power.
     """
@@ -94,9 +116,11 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the network that a framework plans on: nodes by name, devices' links in both directions.
+    """The state of the network that a framework plans on: nodes by name, their links to the cell's hub.
 
-    ``latent_bytes`` and ``request_bytes`` are the sizes of an intermediate result and of a request on the wire.
+    ``edge`` is the edge node that plans; it stands at the hub. A node that stands there too has no link: neither an
+    uplink (from it to the hub) nor a downlink. ``latent_bytes`` and ``request_bytes`` are the sizes of an
+    intermediate result and of a request on the wire.
     """
 
     edge: str
@@ -106,11 +130,22 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     latent_bytes: int
     request_bytes: int = 400
 
-    def link(self, sender: str, receiver: str) -> Link:
-        """The link from one node to the next; between nodes that are no devices nothing limits it."""
-        if sender in self.uplinks:
-            return self.uplinks[sender]
-        return self.downlinks.get(receiver, Link())
+    def of_kind(self, kind: Kind) -> tuple[str, ...]:
+        """The nodes of a kind, the planning edge first and the others by name."""
+        return tuple(sorted((n for n, s in self.nodes.items() if s.kind == kind), key=lambda n: (n != self.edge, n)))
+
+    def way(self, sender: str, receiver: str) -> tuple[Link, ...]:
+        """The links between two nodes, in order; a hub that stores and forwards takes one after the other."""
+        ends = (self.uplinks.get(sender), self.downlinks.get(receiver))
+        return tuple(link for link in ends if link is not None)
+
+    def seconds(self, sender: str, receiver: str, size: int) -> float:
+        """Time until a message is over, where no other is on the way."""
+        return sum(link.seconds(size) for link in self.way(sender, receiver))
+
+    def joules(self, sender: str, receiver: str, size: int) -> float:
+        """Energy that transmitting a message takes."""
+        return sum(link.joules(size) for link in self.way(sender, receiver))
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):

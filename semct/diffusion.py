@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self, cast
 import msgspec
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_log
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,6 +27,9 @@ from semct.routes import Prompt
 
 EMBEDDED = "embedded"
 """The name of the small model that comes with the package."""
+
+EMBEDDED_SMALL = "embedded-small"
+"""The name of its smaller sister: another denoiser of the same latents."""
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -60,6 +63,16 @@ class SentenceConditioning(msgspec.Struct, frozen=True, kw_only=True):
     pooled_scale: float
     guidance: float
     steps: int
+
+
+class OtherParts(msgspec.Struct, frozen=True, kw_only=True):
+    """``parts.json`` of a folder that holds a transformer alone.
+
+    All other parts (autoencoder, scheduler, text) are those of the model in the folder ``of``, relative to this
+    one: the two work on the same latents.
+    """
+
+    of: str
 
 
 class _SentenceText:
@@ -105,22 +118,29 @@ class Denoiser:
 
         Raises ``ModelNotFound``, in one sentence, where there is no such model.
         """
-        source = str(ASSETS / EMBEDDED) if model == EMBEDDED else model
-        settings = Path(source) / "text.json"
-        without_text = dict.fromkeys([f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")])
+        source = str(ASSETS / model) if model in {EMBEDDED, EMBEDDED_SMALL} else model
+        parts = Path(source) / "parts.json"
+        own: dict[str, Any] = {}
         diffusers_log.disable_progress_bar()
         try:
+            if parts.exists():
+                own["transformer"] = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", dtype=dtype)
+                source = str(Path(source) / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of)
+            settings = Path(source) / "text.json"
+            if settings.exists():
+                own |= dict.fromkeys([f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")])
             pipeline = StableDiffusion3Pipeline.from_pretrained(
                 source,
                 dtype=dtype,
                 local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
-                **(without_text if settings.exists() else {}),
+                **own,
             )
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(
-                f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r}, nor a diffusers folder "
-                f"with a Stable Diffusion 3 pipeline, nor a Hugging Face id that is reachable here ({reason})"
+                f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r} nor {EMBEDDED_SMALL!r}, nor a "
+                "diffusers folder with a Stable Diffusion 3 pipeline, nor a Hugging Face id that is reachable here "
+                f"({reason})"
             ) from error
         pipeline.to(device)
         if settings.exists():

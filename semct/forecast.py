@@ -26,6 +26,7 @@ from semct.cost import (
     Splits,
     Users,
     Weights,
+    airtime,
     device_only,
     serve,
     utilities,
@@ -78,13 +79,13 @@ def forecast(
     of the steps with another prompt than the user's own. Raises ``KeyError`` for a route over a node that the
     network does not know.
     """
-    asked = [network.link(r.device, network.edge) for r in requests]
-    start = planning + max((link.seconds(network.request_bytes) for link in asked), default=0.0)
+    size = network.request_bytes
+    start = planning + max((network.seconds(r.device, network.edge, size) for r in requests), default=0.0)
     found = _Play(plan, requests, network).all(start)
     similarity = {m: phi for c in plan.clusters for m, phi in zip(c.members, c.similarity, strict=True)}
     routes = {r.request: r for r in plan.routes}
     predictions = {}
-    for request, link in zip(requests, asked, strict=True):
+    for request in requests:
         latency, joules = found[request.id]
         phi = similarity.get(request.id, 1.0)
         best, expected = quality.quality(phi, [0.0, _foreign(routes[request.id], request.prompt, quality.steps)])
@@ -92,7 +93,7 @@ def forecast(
         outcome = Outcome(
             quality=float(expected) if told is None else told.quality,
             latency=latency,
-            energy=joules + link.joules(network.request_bytes),
+            energy=joules + network.joules(request.device, network.edge, size),
         )
         reference = device_only(network, request.device, request.steps, float(best))
         predictions[request.id] = Prediction(
@@ -130,6 +131,9 @@ class _Way:
 class _NoModel:
     """Stands where the engine has a denoiser, and computes nothing."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def noise(self, _: int) -> torch.Tensor:
         return _NOTHING
 
@@ -142,10 +146,10 @@ class _Node:
 
     def __init__(self, state: NodeState, models: set[str]) -> None:
         self.state = state
-        self.now = 0.0
+        self.now = state.backlog
         self.ways: dict[str, _Way] = {}
         self._arrivals: list[tuple[float, Job]] = []
-        denoisers: dict[str, Any] = dict.fromkeys(models, _NoModel())
+        denoisers: dict[str, Any] = {model: _NoModel(model) for model in models}
         self._engine = Engine(denoisers, cast("Processor", self), rows=state.rows, clock=lambda: self.now)
 
     @property
@@ -169,11 +173,11 @@ class _Node:
         self._arrivals = [(at, job) for at, job in self._arrivals if at > self.now]
         return self._engine.call()
 
-    def step(self, _: object, latents: Sequence[object], *__: object) -> tuple[list[torch.Tensor], Cost]:
+    def step(self, model: _NoModel, latents: Sequence[object], *_: object) -> tuple[list[torch.Tensor], Cost]:
         """What the engine asks of its processor."""
-        rows = len(latents)
-        seconds = self.state.call_seconds + rows * self.state.step_seconds
-        joules = self.state.call_joules + rows * self.state.step_joules
+        rows, pace = len(latents), self.state.pace(model.name)
+        seconds = self.state.call_seconds + rows * pace.step_seconds
+        joules = self.state.call_joules + rows * pace.step_joules
         self.now += seconds
         return [_NOTHING] * rows, Cost(seconds, joules, 0.0, overrun=False, modelled=True)
 
@@ -192,6 +196,7 @@ class _Play:
             _Way(r, devices[r.request], [_Leg(n, tuple(s)) for n, s in groupby(r.segments, key=lambda s: s.node)])
             for r in plan.routes
         ]
+        self._free: dict[tuple[str, str], float] = {}
         self._found: dict[str, tuple[float, float]] = {}
 
     def all(self, start: float) -> dict[str, tuple[float, float]]:
@@ -211,10 +216,9 @@ class _Play:
         """To the next node, or to the device, which decodes."""
         receiver = way.legs[0].node if way.legs else way.device
         if receiver != sender:
-            link = self._network.link(sender, receiver)
             size = self._network.latent_bytes if way.begun else self._network.request_bytes
-            at += link.seconds(size)
-            way.joules += link.joules(size)
+            at = self._send(sender, receiver, size, at)
+            way.joules += self._network.joules(sender, receiver, size)
         if not way.legs:
             node = self._network.nodes[way.device]
             self._found[way.route.request] = (at + node.decode_seconds, way.joules + node.decode_joules)
@@ -236,3 +240,12 @@ class _Play:
         )
         way.begun = True
         self._nodes[receiver].take(at, way, job)
+
+    def _send(self, sender: str, receiver: str, size: int, at: float) -> float:
+        """When a message is over that leaves at ``at``: each link sends one after the other."""
+        for end, link in (("up", self._network.uplinks.get(sender)), ("down", self._network.downlinks.get(receiver))):
+            if link is not None:
+                owner = (sender if end == "up" else receiver, end)
+                self._free[owner] = max(at, self._free.get(owner, 0.0)) + airtime(size, link.rate)
+                at = self._free[owner] + link.delay
+        return at

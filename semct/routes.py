@@ -165,16 +165,22 @@ def route(request: Request, *spans: tuple[str, str, Prompt, int]) -> Route:
 
 def steps_by_node(routes: Sequence[Route]) -> dict[str, int]:
     """Denoising steps that each node has to run, shared ones once."""
-    return dict(Counter(node for node, *_ in {key for r in routes for key in _steps(r)}))
+    return dict(Counter(node for node, *_ in {key for r in routes for key in steps_of(r)}))
 
 
 def shared_steps(routes: Sequence[Route]) -> dict[str, int]:
     """How many steps of each request at least one other request shares."""
-    riders = Counter(key for r in routes for key in _steps(r))
-    return {r.request: sum(riders[key] > 1 for key in _steps(r)) for r in routes}
+    riders = Counter(key for r in routes for key in steps_of(r))
+    return {r.request: sum(riders[key] > 1 for key in steps_of(r)) for r in routes}
 
 
-def _steps(route: Route) -> Iterator[tuple[str, Hashable]]:
+def own_steps(routes: Sequence[Route]) -> dict[str, dict[str, int]]:
+    """How many steps of each request no other request shares, by node."""
+    riders = Counter(key for r in routes for key in steps_of(r))
+    return {r.request: dict(Counter(node for node, *_ in (k for k in steps_of(r) if riders[k] == 1))) for r in routes}
+
+
+def steps_of(route: Route) -> Iterator[tuple[str, Hashable]]:
     """Each step with its node and all that its result depends on: equal keys are shared steps."""
     history: Hashable = (route.seed, route.steps)
     for s in route.segments:

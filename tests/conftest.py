@@ -30,7 +30,7 @@ settings.register_profile("shared-machine", deadline=None, suppress_health_check
 settings.load_profile("shared-machine")
 
 
-def save_tiny_model(folder: Path, *, latent: int = 4) -> Path:
+def save_tiny_model(folder: Path, *, latent: int = 4, seed: int = 0) -> Path:
     """Write a model with random weights: the embedded one's architecture, conditioned on MiniLM, in milliseconds."""
     from diffusers import (  # noqa: PLC0415 (slow import)
         AutoencoderTiny,
@@ -39,7 +39,7 @@ def save_tiny_model(folder: Path, *, latent: int = 4) -> Path:
         StableDiffusion3Pipeline,
     )
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=latent,
         patch_size=1,
@@ -90,6 +90,14 @@ def tiny(tiny_folder: Path) -> Denoiser:
     from semct.diffusion import Denoiser  # noqa: PLC0415 (slow import)
 
     return Denoiser.load(str(tiny_folder))
+
+
+@pytest.fixture
+def make_tiny(tmp_path: Path) -> Callable[..., Denoiser]:
+    """Makes another model such as ``tiny``, with other weights or latents of another size."""
+    from semct.diffusion import Denoiser  # noqa: PLC0415 (slow import)
+
+    return lambda **change: Denoiser.load(str(save_tiny_model(tmp_path / "other", **change)))
 
 
 Kind = TypeVar("Kind", bound=Message)

@@ -1,4 +1,4 @@
-"""Where a testbed runs. All places offer the same: a broker, an edge, devices, and word of who has ended."""
+"""Where a testbed runs. All places offer the same: a broker, nodes, and word of who has ended."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ class Place(Protocol):
         ...
 
     async def watch(self) -> NoReturn:
-        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker or the edge ends."""
+        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker, an edge or the cloud ends."""
         ...

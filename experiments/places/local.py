@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -21,20 +22,36 @@ from node.settings import NodeSettings
 
 
 class LocalPlace:
-    """Broker, edge and devices as processes of this machine. The caller must have entered the hub."""
+    """Broker and nodes as processes of this machine. The caller must have entered the hub.
 
-    def __init__(self, *, edge: EdgeSettings, devices: list[DeviceSettings], implementation: Any, logs: Path) -> None:
+    ``edge`` plans and stands at the hub; ``helpers``, the other edges and the cloud, have links as devices have.
+    """
+
+    def __init__(
+        self,
+        *,
+        edge: EdgeSettings,
+        helpers: list[EdgeSettings],
+        devices: list[DeviceSettings],
+        implementation: Any,
+        logs: Path,
+    ) -> None:
         self.host, self.port = edge.host, edge.port
         self._edge = edge
+        self._helpers = helpers
         self._devices = devices
         self._logs = logs
         self._stack = AsyncExitStack()
         self._hub = Hub(PlainLinks())
         self._broker = LocalBroker(hosts=[edge.host], port=edge.port, directory=logs, implementation=implementation)
         self._servers = {
-            "edge": ForkServer("edge_node.process", warm={}, log=logs / "edge-server.log", own_network=False),
-            "devices": ForkServer("device_node.process", warm={"model": edge.model}, log=logs / "device-server.log"),
+            "edge": ForkServer(
+                "edge_node.process", warm={"models": []}, log=logs / "edge-server.log", own_network=False
+            ),
+            "devices": _warm_server("device_node.process", devices, logs / "device-server.log"),
         }
+        if helpers:
+            self._servers["helpers"] = _warm_server("edge_node.process", helpers, logs / "helper-server.log")
         self._pids: dict[str, int] = {}
         self.ended: dict[str, str] = {}
 
@@ -47,10 +64,12 @@ class LocalPlace:
                 # The edge loads its models while the devices' server warms up.
                 await stack.enter_async_context(self._servers["edge"])
                 await self._start(self._edge, self._servers["edge"])
-                await stack.enter_async_context(self._servers["devices"])
-                for device in self._devices:
-                    pid = await self._start(device, self._servers["devices"])
-                    await self._hub.attach(device.name, pid)
+                for server, nodes in (("helpers", self._helpers), ("devices", self._devices)):
+                    if nodes:
+                        await stack.enter_async_context(self._servers[server])
+                    for node in nodes:
+                        pid = await self._start(node, self._servers[server])
+                        await self._hub.attach(node.name, pid)
                 self._stack = stack.pop_all()
         except (BrokerFailed, ForkServerError, NamespaceError, AttachError) as error:
             raise PlaceFailed(str(error)) from error
@@ -75,11 +94,13 @@ class LocalPlace:
         return found
 
     async def watch(self) -> NoReturn:
-        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker, the edge or a fork server ends."""
+        """Keep ``ended`` true; raises ``PlaceFailed`` when all others than a device end."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._broker.wait())
-                tasks.create_task(self._watch_edge())
+                for server in self._servers:
+                    if server != "devices":
+                        tasks.create_task(self._watch_one(server))
                 tasks.create_task(self._watch_devices())
         except* (BrokerFailed, ForkServerError, PlaceFailed) as group:
             raise PlaceFailed(str(group.exceptions[0])) from group
@@ -90,10 +111,10 @@ class LocalPlace:
         self._pids[node.name] = pid
         return pid
 
-    async def _watch_edge(self) -> NoReturn:
-        async for event in self._servers["edge"].exits():
-            raise PlaceFailed(f"the edge {self._how(event)}")
-        raise PlaceFailed("the edge's fork server was stopped")
+    async def _watch_one(self, server: str) -> NoReturn:
+        async for event in self._servers[server].exits():
+            raise PlaceFailed(f"the {event.name} {self._how(event)}")
+        raise PlaceFailed(f"the fork server of {server} was stopped")
 
     async def _watch_devices(self) -> NoReturn:
         async for event in self._servers["devices"].exits():
@@ -108,6 +129,12 @@ class LocalPlace:
             lines = []
         how = f"was killed by signal {-event.code}" if event.code < 0 else f"ended with status {event.code}"
         return f"{how}: {lines[-1].strip()} (see {log})" if lines else f"{how} (see {log})"
+
+
+def _warm_server(module: str, nodes: Sequence[NodeSettings], log: Path) -> ForkServer:
+    """A server that loads once what its nodes hold."""
+    models = list(dict.fromkeys(model for node in nodes for model in node.models))
+    return ForkServer(module, warm={"models": models}, log=log)
 
 
 HOST = HUB_ADDRESS

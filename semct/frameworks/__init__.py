@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -27,10 +27,11 @@ from semct.clustering import Dendrogram, Number, Partition, best_silhouette, den
 from semct.cost import Network, Weights
 from semct.forecast import forecast
 from semct.planner import tree, two_tier
+from semct.planner.predict import predict
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import MeanWriter, PublicPrompt, Writer, embed_prompts
 from semct.quality import QualityModel
-from semct.routes import Plan, Request
+from semct.routes import Cluster, Plan, Request, Route
 
 ENTRY_POINTS = "semct.frameworks"
 
@@ -39,6 +40,8 @@ ENTRY_POINTS = "semct.frameworks"
 class Batch:
     """What a framework plans on: the requests of a round, the state of the network, and its tools.
 
+    ``model`` is the diffusion model that every node holds, ``small_model`` the smaller one of the same latents
+    (empty where there is none).
     ``clusters`` is the wanted number of clusters K, or how to find it, ``most_shared`` bounds a request's shared
     steps, ``seed`` drives every random choice, ``cache`` holds what earlier requests of this framework left on the
     edge, ``seconds`` collects the wall time of each part of planning.
@@ -55,6 +58,7 @@ class Batch:
     most_shared: int
     seed: int
     cache: LatentCache
+    small_model: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -156,19 +160,55 @@ class Batch:
         )
         return msgspec.structs.replace(plan, predictions=predictions)
 
+    def predicted(
+        self, routes: Sequence[Route], quality: Mapping[str, float], clusters: Sequence[Cluster] = ()
+    ) -> Plan:
+        """The plan of any routes, with what is expected of them; ``quality`` is the content quality by request."""
+        predictions = predict(
+            self.requests,
+            routes,
+            clusters=clusters,
+            quality=quality,
+            alone=self.alone,
+            network=self.network,
+            weights=self.weights,
+        )
+        return Plan(clusters=tuple(clusters), routes=tuple(routes), predictions=predictions)
+
+    @property
+    def alone(self) -> float:
+        """The content quality of a picture that one node makes of the personal prompt."""
+        return float(self.quality.quality(1.0, 0.0))
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What a framework cannot do without, beside a planning edge and devices that hold the main model.
+
+    ``edges`` are edge nodes, the planning one included; ``small``: the planning edge holds the small model, too.
+    """
+
+    edges: int = 1
+    cloud: bool = False
+    small: bool = False
+
 
 Framework = Callable[[Batch], Plan]
 
 _registered: dict[str, Framework] = {}
 _online: set[str] = set()
+_needs: dict[str, Needs] = {}
 
 
 class UnknownFramework(ValueError):
     """No framework of that name is here or in an installed package."""
 
 
-def framework(name: str, *, online: bool = False) -> Callable[[Framework], Framework]:
-    """Register a planning function under a name; raises ``ValueError`` where the name is taken.
+class UnmetNeed(ValueError):
+    """A framework needs a node or a model that the testbed does not have."""
+
+
+def framework(name: str, *, needs: Needs | None = None, online: bool = False) -> Callable[[Framework], Framework]:
+    """Register a planning function under a name, with what it needs; ``ValueError`` where the name is taken.
 
     One that is ``online`` plans requests as they come, whoever is there, instead of a batch of them.
     """
@@ -178,6 +218,7 @@ def framework(name: str, *, online: bool = False) -> Callable[[Framework], Frame
         if taken is not None and taken.__module__ != function.__module__:
             raise ValueError(f"framework {name!r} of {function.__module__} is already in {taken.__module__}")
         _registered[name] = function
+        _needs[name] = needs or Needs()
         if online:
             _online.add(name)
         return function
@@ -203,6 +244,26 @@ def load(name: str) -> Framework:
     if name not in _registered:
         raise UnknownFramework(f"framework {name!r} is not known; there is {', '.join(sorted(_registered))}")
     return _registered[name]
+
+
+def check_needs(name: str, *, edges: int, clouds: int, small: bool) -> None:
+    """Raise ``UnmetNeed`` unless the framework can serve a testbed with so many edge and cloud nodes.
+
+    ``small`` says whether the planning edge holds the small model. Raises ``UnknownFramework``, too.
+    """
+    load(name)
+    needs = _needs.get(name, Needs())
+    if needs.cloud and not clouds:
+        raise UnmetNeed(f"framework {name!r} needs a cloud node: give the scenario a `cloud:` part")
+    if edges < needs.edges:
+        raise UnmetNeed(
+            f"framework {name!r} needs {needs.edges} edge nodes and there is {edges}: add some under `edges:`"
+        )
+    if needs.small and not small:
+        raise UnmetNeed(
+            f"framework {name!r} needs the small model on the edge: name it under `edge: {{models: [...]}}`, "
+            f"as `small_model` does"
+        )
 
 
 def _discover() -> None:

@@ -12,6 +12,8 @@ from semct.prompts import SentenceEncoder
 from semct.training.scenes import render_all, training_examples
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
     from semct.training.autoencoder import PatchCode
 
 TOKENS = 16
@@ -65,3 +67,11 @@ def encode_pictures(corpus: Corpus, code: PatchCode) -> torch.Tensor:
     """Return the latents of the corpus' pictures, float32 (scenes, 24, 8, 8)."""
     parts = torch.split(corpus.pictures, 512)
     return torch.cat([code.encode(part.float() / 127.5 - 1) for part in parts])
+
+
+@torch.inference_mode()
+def encode_pictures_by(autoencoder: AutoencoderTiny, pictures: torch.Tensor) -> torch.Tensor:
+    """Return the latents, float32 (n, 24, 8, 8), that a trained autoencoder gives pictures, uint8 (n, 3, 64, 64)."""
+    parts = torch.split(pictures, 128)
+    latents = torch.cat([autoencoder.encode(part.float() / 127.5 - 1).latents for part in parts])
+    return latents.mul_(autoencoder.config.scaling_factor).clone()

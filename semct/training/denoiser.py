@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +22,30 @@ _LEARNING_RATE = 1e-3
 _EMA = 0.998
 
 
-def new_denoiser() -> SD3Transformer2DModel:
-    """Return an untrained denoiser of 7.9 million parameters for latents of 24 x 8 x 8."""
+class Size(enum.StrEnum):
+    """The sizes of the embedded model: 7.9 and 2.4 million parameters."""
+
+    LARGE = "large"
+    SMALL = "small"
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks, and attention heads of 32 in each: both grow together, as SD3's sizes do."""
+        return 6 if self is Size.LARGE else 4
+
+
+def new_denoiser(size: Size = Size.LARGE) -> SD3Transformer2DModel:
+    """Return an untrained denoiser for latents of 24 x 8 x 8."""
     network = SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        num_layers=6,
+        num_layers=size.layers,
         attention_head_dim=32,
-        num_attention_heads=6,
+        num_attention_heads=size.layers,
         joint_attention_dim=384,
-        caption_projection_dim=192,
+        caption_projection_dim=32 * size.layers,
         pooled_projection_dim=384,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
@@ -54,6 +67,7 @@ class DenoiserTraining:
         latents: The corpus' pictures as latents, float32 (scenes, 24, 8, 8).
         seed: Seed of weights, batches and noise.
         device: "cpu" or "cuda".
+        size: Which of the sizes to train.
         batch: Examples of a step.
         compiled: Whether to compile the network: nearly twice as fast on a CPU, after a minute or two.
     """
@@ -65,6 +79,7 @@ class DenoiserTraining:
         *,
         seed: int,
         device: str,
+        size: Size = Size.LARGE,
         batch: int = 128,
         compiled: bool = True,
     ) -> None:
@@ -74,7 +89,7 @@ class DenoiserTraining:
         self._device = device
         self._batch = batch
         self._random = torch.Generator().manual_seed(seed)
-        self.network = new_denoiser().to(device).train()
+        self.network = new_denoiser(size).to(device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(requires_grad=False)
         self._forward = torch.compile(self.network) if compiled else self.network
         # Muon moves the blocks' matrices, AdamW the rest (embeddings, modulation, biases, norms, output).

@@ -68,6 +68,14 @@ def write_pipeline(folder: Path, denoiser: SD3Transformer2DModel, autoencoder: A
         (partial / "text.json").write_bytes(text + b"\n")
 
 
+def write_transformer(folder: Path, denoiser: SD3Transformer2DModel, *, of: str) -> None:
+    """Write a denoiser alone, in float16, to a folder beside the model ``of``, whose other parts it shares."""
+    with _replacing(folder) as partial:
+        copy.deepcopy(denoiser).half().cpu().eval().save_pretrained(partial / "transformer")
+        parts = msgspec.json.format(msgspec.json.encode({"of": f"../{of}"}), indent=2)
+        (partial / "parts.json").write_bytes(parts + b"\n")
+
+
 def write_scorer(folder: Path, network: ScorerNetwork) -> None:
     """Write a scorer, its weights in float16."""
     with _replacing(folder) as partial:

@@ -29,7 +29,7 @@ CONTROL = TOPICS.inbox("phone", "control")
 @pytest.fixture
 async def device(bus: tuple[str, int], tiny: Denoiser) -> AsyncIterator[asyncio.Task[None]]:
     settings = DeviceSettings(testbed="t", name="phone", host=bus[0], port=bus[1], latent_dtype="float32")
-    node = DeviceNode(settings, make_worker(settings, tiny))
+    node = DeviceNode(settings, make_worker(settings, {tiny.name: tiny}))
     running = asyncio.create_task(node.run())
     yield running
     running.cancel()
@@ -54,7 +54,7 @@ def leg(denoiser: Denoiser, start: int, stop: int, node: str = "phone") -> Segme
 
 def work(*route: Segment, request: str = "q", **change: Any) -> Work:
     now = time.time()
-    fields: dict[str, Any] = {"round": "1", "reply": "phone", "seed": 4, "steps": STEPS, "sent": now}
+    fields: dict[str, Any] = {"round": "1", "reply": "phone", "seed": 4, "steps": STEPS, "sender": "edge", "sent": now}
     return Work(**{**fields, "request": request, "route": route, "deadline": now + 60, **change})
 
 
@@ -78,7 +78,7 @@ async def test_it_finishes_what_the_edge_began(world: Any, tiny: Denoiser) -> No
     assert (result.outcome, result.device, result.request) == ("answered", "phone", "q")
     assert [s.name for s in result.stages] == ["transfer", "queue", "denoise", "decode"]
     transfer, *own = result.stages
-    assert transfer.node == "edge"
+    assert (transfer.node, transfer.to) == ("edge", "phone")
     assert transfer.size > half.numel() * 4
     assert {s.node for s in own} == {"phone"}
     assert result.finished >= own[-1].stop
@@ -105,6 +105,7 @@ async def test_work_that_goes_on_elsewhere_is_forwarded(world: Any, tiny: Denois
     (onward,) = await world.until(Work)
     assert onward.route == (leg(tiny, 2, STEPS, node="edge"),)
     assert onward.latent is not None
+    assert onward.sender == "phone"
     # The same request may come back for a later part of its route.
     back = msgspec.structs.replace(onward, route=(leg(tiny, 2, STEPS),))
     await world.session.publish(INBOX, back)
@@ -121,6 +122,7 @@ async def test_work_that_goes_on_elsewhere_is_forwarded(world: Any, tiny: Denois
         ({"start": 1}, "without a latent"),
         ({"stop": 99}, "do not follow each other"),
         ({"route": ()}, "no latent to decode"),
+        ({"sender": None}, "does not say who sent it"),
     ],
 )
 async def test_what_cannot_be_done_fails_with_the_reason_and_the_device_goes_on(

@@ -105,7 +105,13 @@ async def cell(
     common = {"testbed": "t", "host": host, "port": port}
 
     def worker(name: str, profile: Profile) -> Worker:
-        return Worker(name=name, denoiser=tiny, pace=Emulated(profile, MODEL), rows=4, latent_dtype="float32")
+        return Worker(
+            name=name,
+            denoisers={tiny.name: tiny},
+            pace=Emulated(profile, {tiny.name: MODEL}),
+            rows=4,
+            latent_dtype="float32",
+        )
 
     own, encoder = worker("edge", EDGE), load_sentence_encoder()
     planner = Planner(
@@ -117,6 +123,7 @@ async def cell(
         clusters=2,
         most_shared=3,
         model=tiny.name,
+        small_model="",
         quality=load_quality_model("sd3-medium"),
         encoder=encoder,
         writer=MedoidWriter(encoder),
@@ -125,7 +132,7 @@ async def cell(
     whats = ("birth", "request", "result", "picture", "planned", "spent")
     topics = [TOPICS.every(w) for w in whats]  # type: ignore[arg-type]
     async with ear("runner", *topics) as heard:
-        settings = EdgeSettings(name="edge", model=tiny.name, **common)  # type: ignore[arg-type]
+        settings = EdgeSettings(name="edge", models=(tiny.name,), **common)  # type: ignore[arg-type]
         edge = asyncio.create_task(EdgeNode(settings, own, planner).run())
         devices = [
             asyncio.create_task(

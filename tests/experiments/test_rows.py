@@ -9,10 +9,11 @@ from broker.messages import Compute, Planned, Result, Stage
 from experiments.rows import node_rows, predicted_references, request_rows, with_utility
 from experiments.scenario import Scenario, load_scenario
 from experiments.served import Served
-from semct.cost import Weights
+from semct.cost import Kind, Weights
 from semct.routes import Cluster, Plan, Prediction, Request, route
 
 DEVICE_SECONDS = 10.0
+KINDS: dict[str, Kind] = {"d1": "device", "d2": "device", "edge": "edge", "far": "cloud"}
 
 
 @pytest.fixture
@@ -40,12 +41,12 @@ def served(framework: str = "semct") -> Served:
     )
     first = f"{framework}-d1"
     stages = (
-        Stage(name="transfer", node="d1", start=100, stop=101, size=400),
+        Stage(name="transfer", node="d1", to="edge", start=100, stop=101, size=400),
         Stage(name="collect", node="edge", start=101, stop=102),
         Stage(name="plan", node="edge", start=102, stop=104),
         Stage(name="queue", node="edge", start=104, stop=105),
         Stage(name="denoise", node="edge", start=105, stop=109, joules=20, flops=1e12, steps=1, modelled=True),
-        Stage(name="transfer", node="edge", start=109, stop=111, size=5000),
+        Stage(name="transfer", node="edge", to="d1", start=109, stop=111, size=5000),
         Stage(
             name="denoise", node="d1", start=111, stop=115, joules=30, flops=2e12, steps=2, overruns=1, modelled=True
         ),
@@ -68,7 +69,7 @@ def served(framework: str = "semct") -> Served:
 
 def test_a_row_says_where_time_and_energy_went(scenario: Scenario) -> None:
     answered, unanswered = request_rows(
-        served(), scenario, edge="edge", quality={"semct-d1": 0.8}, images={"semct-d1": "images/a.png"}
+        served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={"semct-d1": "images/a.png"}
     )
     # 16 s on the wall, of which 2 s of planning count in full and the rest half.
     assert answered.latency_s == pytest.approx(14 / 2 + 2)
@@ -92,9 +93,33 @@ def test_a_row_says_where_time_and_energy_went(scenario: Scenario) -> None:
     assert unanswered.shared_steps == 2
 
 
+def test_work_that_goes_by_the_cloud_is_counted_there_and_its_way_takes_no_radio(scenario: Scenario) -> None:
+    around = served()
+    (request, result) = next(iter(around.results.items()))
+    detour = (
+        Stage(name="transfer", node="edge", to="far", start=104, stop=106, size=300),
+        Stage(name="denoise", node="far", start=106, stop=110, joules=40, flops=3e12, steps=3, modelled=True),
+        Stage(name="transfer", node="far", to="d1", start=110, stop=111, size=5000),
+    )
+    around.results[request] = msgspec.structs.replace(result, stages=(*result.stages[:3], *detour, *result.stages[6:]))
+    routes = tuple(
+        route(Request(id=r, device=d, prompt=r, seed=1, steps=4), ("far", "m", r, 3), (d, "m", r, 1))
+        for r, d in around.devices.items()
+    )
+    plan = msgspec.msgpack.encode(Plan(clusters=(), routes=routes))
+    around.planned = [Planned(round="r", framework="semct", plan=msgspec.Raw(plan), seconds={})]
+    (row, _) = request_rows(around, scenario, kinds=KINDS, quality={}, images={})
+    assert (row.edge_denoise_s, row.cloud_denoise_s, row.relay_s, row.download_s) == (0, 2, 1, 0.5)
+    assert (row.energy_edge_j, row.energy_cloud_j, row.energy_device_j) == (0, 40, 35)
+    assert row.energy_radio_j == pytest.approx(0.5 * 1 + 0.5 * 3)
+    assert row.energy_j == pytest.approx(40 + 35 + 2)
+    assert (row.bytes_up, row.bytes_relayed, row.bytes_down) == (400, 300, 5000)
+    assert (row.shared_steps, row.edge_steps, row.cloud_steps, row.device_steps) == (0, 0, 3, 1)
+
+
 def test_utility_is_against_the_same_users_device_only_where_there_is_one(scenario: Scenario) -> None:
     weights = Weights(quality=0.5, latency=0.25, energy=0.25)
-    (row, lost) = request_rows(served(), scenario, edge="edge", quality={"semct-d1": 0.8}, images={})
+    (row, lost) = request_rows(served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={})
     reference = msgspec.structs.replace(
         row, framework="device-only", quality=1.0, latency_s=DEVICE_SECONDS, energy_j=117.0
     )
@@ -106,18 +131,19 @@ def test_utility_is_against_the_same_users_device_only_where_there_is_one(scenar
 
 def test_without_device_only_the_reference_is_predicted(scenario: Scenario) -> None:
     compute = Compute(profile="x", step_seconds=2, step_joules=25, decode_seconds=1, decode_joules=17)
-    references = predicted_references({"edge": compute, "d1": compute}, scenario, edge="edge", quality=1.0)
+    references = predicted_references({"d1": compute}, scenario, edge="edge", quality=1.0)
     assert references.keys() == {"d1"}
     assert (references["d1"].latency, references["d1"].energy) == (4 * 2 + 1, 4 * 25 + 17)
-    (row, _) = request_rows(served(), scenario, edge="edge", quality={"semct-d1": 0.8}, images={})
+    (row, _) = request_rows(served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={})
     (found,) = with_utility([row], Weights(quality=1, latency=0, energy=0), references)
     assert found.utility == pytest.approx(0.8)
 
 
 def test_every_node_has_a_row_and_the_dead_are_marked() -> None:
-    rows = node_rows(served(), edge="edge", memory={"d1": 12.5}, ended={"d2": "was killed"})
+    rows = node_rows(served(), kinds=KINDS, memory={"d1": 12.5}, ended={"d2": "was killed"})
     assert [(r.node, r.role, r.memory_mib, r.alive) for r in rows] == [
         ("edge", "edge", None, True),
+        ("far", "cloud", None, True),
         ("d1", "device", 12.5, True),
         ("d2", "device", None, False),
     ]

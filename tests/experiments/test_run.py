@@ -124,11 +124,15 @@ def test_a_run_answers_everyone_and_the_same_seed_gives_the_same_pictures_and_pl
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"frameworks": "nothing"}, "framework 'nothing' is not known; there is clustering-free, device-only"),
+        ({"frameworks": "nothing"}, "framework 'nothing' is not known; there is "),
         ({"more": "model: nobody/nothing"}, "'nobody/nothing'.* cannot be loaded"),
         ({"more": "scorer: nobody/nothing"}, "'nobody/nothing'"),
         ({"more": "edge: {compute: abacus}"}, "compute profile 'abacus' is not known; there is a100"),
-        ({"more": "emulated_model: huge"}, "emulated model 'huge' is not known; there is sd3-medium"),
+        ({"more": "emulated_model: huge"}, "emulated model 'huge' is not known; there is sd3-800m, sd3-medium"),
+        (
+            {"frameworks": "semct, cloud-only"},
+            "framework 'cloud-only' needs a cloud node: give the scenario a `cloud:`",
+        ),
         ({"more": "broker: {port: 1}\nsteps: 2", "devices": 0}, "expected `int` >= 1"),
     ],
 )

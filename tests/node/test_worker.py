@@ -2,16 +2,17 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from broker.messages import Segment, Work
+from broker.messages import Pace, Segment, Stage, Work
+from broker.session import Incoming
+from broker.topics import Topic
 from node.latents import pack, unpack
 from node.worker import Worker, received
 from semct.compute import EMULATED_MODELS, Emulated, Native, Profile
@@ -39,7 +40,7 @@ class Impatient(Worker):
 
 @pytest.fixture
 async def worker(tiny: Denoiser) -> AsyncIterator[Worker]:
-    made = Impatient(name="me", denoiser=tiny, pace=Native(tiny), rows=8, latent_dtype="float32")
+    made = Impatient(name="me", denoisers={tiny.name: tiny}, pace=Native(), rows=8, latent_dtype="float32")
     driving = asyncio.create_task(made.drive())
     yield made
     driving.cancel()
@@ -164,8 +165,8 @@ async def test_a_finished_latent_becomes_a_png(worker: Worker, tiny: Denoiser) -
 
 async def test_an_emulated_worker_pads_and_says_that_it_models(tiny: Denoiser) -> None:
     fast = Profile(name="fast", tflops=1e5, watts=100.0, source="invented here")
-    pace = Emulated(fast, EMULATED_MODELS["sd3-medium"])
-    made = Impatient(name="me", denoiser=tiny, pace=pace, rows=2, latent_dtype="float16")
+    pace = Emulated(fast, {tiny.name: EMULATED_MODELS["sd3-medium"]})
+    made = Impatient(name="me", denoisers={tiny.name: tiny}, pace=pace, rows=2, latent_dtype="float16")
     assert made.latent_bytes == 512 * 1024
     assert made.compute.profile == "fast"
     driving = asyncio.create_task(made.drive())
@@ -180,13 +181,45 @@ async def test_an_emulated_worker_pads_and_says_that_it_models(tiny: Denoiser) -
 
 
 def test_a_transfer_is_a_stage_of_its_own() -> None:
-    there = received(work(sent=5.0), "edge", 7.0, 1000)
-    assert msgspec.structs.asdict(there.stages[-1]) | {
-        "name": "transfer",
-        "node": "edge",
-        "start": 5.0,
-        "stop": 7.0,
-    } == (msgspec.structs.asdict(there.stages[-1]))
-    assert there.stages[-1].size == 1000
+    def coming(work: Work, topic: str) -> Incoming:
+        return Incoming(topic=Topic.parse(topic), message=work, received=7.0, size=1000)
+
+    sent = work(sent=5.0, sender="edge")
+    (stage,) = received(sent, coming(sent, "semct/t/me/work"), "me").stages
+    assert stage == Stage(name="transfer", node="edge", to="me", start=5.0, stop=7.0, size=1000)
+    # Who forwards is known by the topic, whatever the message says.
+    (stage,) = received(sent, coming(sent, "semct/t/phone/forward/me"), "me").stages
+    assert stage.node == "phone"
     # Clocks of two machines may disagree: never a negative time.
-    assert received(work(sent=9.0), "edge", 7.0, 1).stages[-1].stop == 9.0
+    late = work(sent=9.0, sender="edge")
+    assert received(late, coming(late, "semct/t/me/work"), "me").stages[-1].stop == 9.0
+    with pytest.raises(ValueError, match="does not say who sent it"):
+        received(work(), coming(work(), "semct/t/me/work"), "me")
+
+
+async def test_it_switches_between_models_and_says_what_each_takes(
+    tiny: Denoiser, make_tiny: Callable[..., Denoiser]
+) -> None:
+    other = make_tiny(seed=1)
+    pair = {d.name: d for d in (tiny, other)}
+    pace = Emulated(
+        Profile(name="fast", tflops=1e5, watts=100.0, source="invented here"),
+        {tiny.name: EMULATED_MODELS["sd3-medium"], other.name: EMULATED_MODELS["sd3-800m"]},
+    )
+    made = Impatient(name="me", denoisers=pair, pace=pace, rows=2, latent_dtype="float32")
+    assert made.models == (tiny.name, other.name)
+    assert made.compute.step_seconds == pytest.approx(12 / 1e5)
+    assert made.compute.others == {other.name: Pace(step_seconds=5.6 / 1e5, step_joules=560 / 1e5)}
+    driving = asyncio.create_task(made.drive())
+    left = await made.carry(work(leg(tiny, 0, 2), leg(other, 2, STEPS)))
+    driving.cancel()
+    whole = other.run(tiny.run([tiny.noise(4)], 0, 2, STEPS, ["a cat"]), 2, STEPS, STEPS, ["a cat"])
+    assert left.latent is not None
+    assert torch.equal(unpack(left.latent, tiny.latent_shape), whole[0])
+    assert left.stages[-1].flops == pytest.approx((2 * 12 + (STEPS - 2) * 5.6) * 1e12)
+
+
+def test_models_of_different_latents_cannot_share_a_node(tiny: Denoiser, make_tiny: Callable[..., Denoiser]) -> None:
+    larger = make_tiny(latent=8)
+    with pytest.raises(ValueError, match="latents differ in shape"):
+        Worker(name="me", denoisers={"a": tiny, "b": larger}, pace=Native(), rows=1, latent_dtype="float32")

@@ -14,6 +14,7 @@ from semct.cost import (
     NodeState,
     Outcome,
     Outcomes,
+    Pace,
     Splits,
     Users,
     Weights,
@@ -103,12 +104,26 @@ def test_a_lone_step_pays_for_its_call_alone() -> None:
     assert (node.full_seconds, node.full_joules) == (pytest.approx(0.03), pytest.approx(1.5))
 
 
-def test_between_nodes_that_are_no_devices_nothing_limits_the_link() -> None:
-    up, down = Link(rate=1e6), Link(rate=2e6)
-    network = Network(edge="edge", nodes={}, uplinks={"d": up}, downlinks={"d": down}, latent_bytes=1)
-    assert network.link("d", "edge") == up
-    assert network.link("edge", "d") == down
-    assert network.link("edge", "cloud") == Link()
+def test_a_message_takes_the_senders_uplink_and_the_receivers_downlink() -> None:
+    up, wide, down = Link(rate=8e3, delay=0.5, watts=2.0), Link(rate=16e3), Link(rate=32e3, delay=0.25)
+    ends = {"uplinks": {"d": up, "cloud": wide}, "downlinks": {"d": down, "cloud": wide}}
+    node = NodeState(step_seconds=1.0, step_joules=1.0, kind="edge")
+    nodes = {"edge": node, "edge-2": node, "a": node}
+    network = Network(edge="edge", nodes=nodes, latent_bytes=1, **ends)
+    assert network.way("d", "edge") == (up,)
+    assert network.way("cloud", "d") == (wide, down)
+    assert network.way("edge", "edge-2") == ()  # both stand at the hub
+    assert network.seconds("cloud", "d", 1000) == pytest.approx(0.5 + 0.25 + 0.25)
+    assert network.joules("d", "cloud", 1000) == pytest.approx(2.0)
+    assert network.of_kind("edge") == ("edge", "a", "edge-2")
+    assert network.of_kind("cloud") == ()
+
+
+def test_a_node_has_a_pace_for_each_of_its_models() -> None:
+    small = Pace(step_seconds=0.5, step_joules=2.0)
+    node = NodeState(step_seconds=1.0, step_joules=4.0, others={"small": small})
+    assert node.pace("small") == small
+    assert node.pace("large") == Pace(step_seconds=1.0, step_joules=4.0)
 
 
 @given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=5), weights)

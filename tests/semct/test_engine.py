@@ -21,8 +21,8 @@ STEPS = 8
 class Counting(Native):
     """The native pace, with a unit of time and energy per row, and the rows of each call."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
+    def __init__(self) -> None:
+        super().__init__()
         self.calls: list[int] = []
 
     def step(
@@ -60,7 +60,7 @@ def finish(engine: Engine) -> list[Done]:
 
 
 def test_a_shared_segment_runs_once_and_each_takes_its_split(tiny: Denoiser) -> None:
-    pace = Counting(tiny)
+    pace = Counting()
     engine = Engine({tiny.name: tiny}, pace)
     for i, x in enumerate((2, 5, 5)):
         engine.submit(job(tiny, f"r{i}", ("a cat", x)))
@@ -92,7 +92,7 @@ def test_a_shared_segment_runs_once_and_each_takes_its_split(tiny: Denoiser) -> 
 def test_the_engine_runs_each_different_step_once(
     tiny: Denoiser, routes: list[tuple[str, int, int, int]], rows: int, late: int
 ) -> None:
-    pace = Counting(tiny)
+    pace = Counting()
     engine = Engine({tiny.name: tiny}, pace, rows=rows)
     jobs = [
         job(tiny, f"r{i}", (public, x), (f"personal {i % 2}", y), seed=seed, group=public)
@@ -134,7 +134,7 @@ def _solid(j: Job) -> tuple[Segment, ...]:
 
 
 def test_rows_of_different_clusters_and_steps_ride_together(tiny: Denoiser) -> None:
-    pace = Counting(tiny)
+    pace = Counting()
     engine = Engine({tiny.name: tiny}, pace, rows=8)
     engine.submit(job(tiny, "a", ("a cat", 4), group="cats", weight=0.5))
     engine.call()
@@ -158,7 +158,7 @@ def test_clusters_get_rows_by_their_weights(tiny: Denoiser) -> None:
             order.extend("heavy" if c is denoiser.encode("heavy") else "light" for c in conditionings)
             return super().step(denoiser, latents, at, of, conditionings)
 
-    engine = Engine({tiny.name: tiny}, Watching(tiny), rows=2)
+    engine = Engine({tiny.name: tiny}, Watching(), rows=2)
     for i in range(6):
         engine.submit(job(tiny, f"h{i}", ("heavy", STEPS), seed=i, group="h", weight=0.75))
         engine.submit(job(tiny, f"l{i}", ("light", STEPS), seed=i, group="l", weight=0.25))
@@ -170,7 +170,7 @@ def test_clusters_get_rows_by_their_weights(tiny: Denoiser) -> None:
 
 
 def test_a_latecomer_takes_the_latent_of_a_step_that_has_passed(tiny: Denoiser) -> None:
-    engine = Engine({tiny.name: tiny}, Counting(tiny))
+    engine = Engine({tiny.name: tiny}, Counting())
     engine.submit(job(tiny, "first", ("a cat", 6)))
     for _ in range(4):
         engine.call()
@@ -182,7 +182,7 @@ def test_a_latecomer_takes_the_latent_of_a_step_that_has_passed(tiny: Denoiser) 
 
 
 def test_a_job_can_go_on_from_a_latent(tiny: Denoiser) -> None:
-    engine = Engine({tiny.name: tiny}, Counting(tiny))
+    engine = Engine({tiny.name: tiny}, Counting())
     (half,) = tiny.run([tiny.noise(9)], 0, 3, STEPS, ["a cat"])
     segments = (segment(tiny, "a cat", 3, STEPS),)
     engine.submit(Job(request="r", seed=9, steps=STEPS, segments=segments, latent=half))
@@ -204,13 +204,13 @@ def test_a_job_can_go_on_from_a_latent(tiny: Denoiser) -> None:
 def test_impossible_jobs_are_refused(tiny: Denoiser, change: dict[str, object], sentence: str) -> None:
     good = job(tiny, "r", ("a cat", 2))
     bad = Job(**{**{f: getattr(good, f) for f in good.__struct_fields__}, **change})  # type: ignore[arg-type]
-    engine = Engine({tiny.name: tiny}, Counting(tiny))
+    engine = Engine({tiny.name: tiny}, Counting())
     with pytest.raises(ValueError, match=sentence):
         engine.submit(bad)
     assert engine.idle
 
 
 def test_a_start_without_a_latent_is_refused(tiny: Denoiser) -> None:
-    engine = Engine({tiny.name: tiny}, Counting(tiny))
+    engine = Engine({tiny.name: tiny}, Counting())
     with pytest.raises(ValueError, match="without a latent"):
         engine.submit(Job(request="r", seed=0, steps=STEPS, segments=(segment(tiny, "p", 2, 4),)))

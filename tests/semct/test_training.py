@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from semct.diffusion import Denoiser
 from semct.prompts import load_sentence_encoder
 from semct.quality import load_scorer
 from semct.training import scenes
@@ -156,6 +157,22 @@ def test_the_recipe_makes_folders_that_load(tmp_path: Path) -> None:
     assert expected == sorted(p.relative_to(ASSETS / "embedded") for p in (ASSETS / "embedded").rglob("*")), (
         "the shipped model has another layout than the recipe's"
     )
+
+
+def test_the_small_size_is_a_denoiser_beside_the_large_model(tmp_path: Path) -> None:
+    arguments = ["--size", "small", "--output", str(tmp_path), "--pairs", "256", "--no-compiled"]
+    for more in (["--steps", "1"], ["--steps", "2", "--resume"]):
+        result = CliRunner().invoke(app, arguments + more)
+        assert result.exit_code == 0, result.output
+    assert "256 examples seen" in result.output  # two batches, one of them before the resumption
+    (tmp_path / "embedded").symlink_to(ASSETS / "embedded")
+    small, large = Denoiser.load(str(tmp_path / "embedded-small")), Denoiser.load("embedded")
+    assert small.latent_shape == large.latent_shape
+    assert small.guidance == large.guidance
+    assert torch.equal(small.sigmas(28), large.sigmas(28))
+    latents = [large.noise(1)]
+    assert np.array_equal(small.decode(latents), large.decode(latents))
+    assert 0.1 < small.flops_per_step / large.flops_per_step < 0.5
 
 
 def test_pairs_of_prompts_lie_in_their_bands() -> None:
