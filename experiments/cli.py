@@ -145,6 +145,73 @@ def study(
         _give_up(error)
 
 
+@app.command()
+def plan(
+    prompts: Annotated[Path, typer.Argument(help="A text file with a prompt a line, or YAML: a list or a prompt set.")],
+    scenario: Annotated[Path, typer.Option(help="Whose hardware, weights and planning.")] = FOLDER
+    / "scenarios"
+    / "quickstart.yaml",
+    framework: Annotated[str, typer.Option(help="`semct frameworks` lists them.")] = "semct",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a framework decides for some prompts: clusters, public prompts, splits, shares, and predictions."""
+    from experiments.preview import preview, read_prompts, render  # noqa: PLC0415
+    from experiments.simulation import Simulator  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.diffusion import ModelNotFound  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.prompts import load_sentence_encoder  # noqa: PLC0415
+    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
+    from semct.quality import QualityModelError  # noqa: PLC0415
+
+    try:
+        wanted = load_scenario(scenario)
+        found = preview(read_prompts(prompts), wanted, framework, Simulator(load_sentence_encoder()))
+    except (
+        BadScenario,
+        LanguageModelError,
+        ModelNotFound,
+        QualityModelError,
+        UnknownFramework,
+        UnknownProfile,
+    ) as error:
+        _give_up(error)
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        Console().print(render(found))
+
+
+@app.command()
+def calibrate(
+    profile: Annotated[Path, typer.Argument(help="The profile file to write, such as my-machine.json.")],
+    *,
+    model: Annotated[str, typer.Option(help="embedded, a diffusers folder, or a Hugging Face id.")] = "embedded",
+    rows: Annotated[list[int], typer.Option(min=1, help="Rows of the calls to measure; give it several times.")] = [  # noqa: B006
+        1,
+        2,
+        4,
+        8,
+    ],
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each size; the fastest counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
+    device: Annotated[str, typer.Option(help="torch's device: cpu, cuda, cuda:1.")] = "cpu",
+) -> None:
+    """Measure this machine's pace with a model into a compute profile that a scenario can name."""
+    from experiments.calibrating import measure, render  # noqa: PLC0415
+    from semct.diffusion import ModelNotFound  # noqa: PLC0415
+
+    console = Console()
+    try:
+        found = measure(
+            profile, model=model, rows=rows, repeats=repeats, threads=threads, device=device, console=console
+        )
+    except (ModelNotFound, OSError, ValueError) as error:
+        _give_up(error)
+    console.print(render(found))
+    console.print(f"written to {profile}; name it as `compute:` of an edge or of devices", highlight=False)
+
+
 @app.command("frameworks")
 def list_frameworks() -> None:
     """List the inference frameworks that a scenario can name."""

@@ -30,7 +30,7 @@ from experiments.summary import render, summarise, write_csv
 from netem.course import Setting, resolve
 from netem.link import LinkState
 from node.settings import NodeSettings
-from semct.compute import EMULATED_MODELS, PROFILES, Native, check_names
+from semct.compute import EMULATED_MODELS, PROFILES, check_names, processor
 from semct.cost import Kind, Link
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder
@@ -142,7 +142,7 @@ class Simulator:
                 )
                 for number, (device, prompt) in enumerate(zip(device_settings(scenario), drawn, strict=True))
             ]
-            planner, step_tflop = self._planner(scenario, links(repetition))
+            planner, step_tflop = self.planner(scenario, links(repetition))
             for framework in scenario.frameworks:
                 watch(framework, repetition)
                 found, plan, took = _plan(planner, framework, asked, scenario, repetition)
@@ -166,7 +166,7 @@ class Simulator:
 
         return drawn
 
-    def _planner(self, scenario: Scenario, links: Mapping[str, NodeLinks]) -> tuple[Planner, dict[str, float]]:
+    def planner(self, scenario: Scenario, links: Mapping[str, NodeLinks]) -> tuple[Planner, dict[str, float]]:
         """The planner of a scenario's edge that has met all devices, and the TFLOP of a step by model."""
         settings = edge_settings(scenario)
         compute, step_tflop = self._pace(settings)
@@ -204,15 +204,15 @@ class Simulator:
         key = (node.profile, node.models, stands_for)
         if key not in self._paces:
             check_names(node.profile, stands_for)
-            if node.profile == Native.profile:
-                denoisers = [Denoiser.load(model) for model in node.models]
-                pace = Native()
-                steps, decode = [pace.step_cost(d) for d in denoisers], pace.decode_cost(denoisers[0])
-                tflop = [d.flops_per_step / 1e12 for d in denoisers]
-            else:
+            if node.profile in PROFILES:
                 hardware, models = PROFILES[node.profile], [EMULATED_MODELS[name] for name in stands_for]
                 steps, decode = [hardware.cost(m.step_tflop) for m in models], hardware.cost(models[0].decode_tflop)
-                tflop = [m.step_tflop for m in models]
+                call = hardware.cost(0.0)
+            else:
+                denoisers = [Denoiser.load(model) for model in node.models]
+                pace = processor(node.profile, dict(zip(node.models, stands_for, strict=True)), slowdown=1.0)
+                steps, decode = [pace.step_cost(d) for d in denoisers], pace.decode_cost(denoisers[0])
+                call = pace.call_cost(denoisers[0])
             first, *rest = (messages.Pace(step_seconds=s.seconds, step_joules=s.joules) for s in steps)
             compute = messages.Compute(
                 profile=node.profile,
@@ -220,8 +220,11 @@ class Simulator:
                 step_joules=first.step_joules,
                 decode_seconds=decode.seconds,
                 decode_joules=decode.joules,
+                call_seconds=call.seconds,
+                call_joules=call.joules,
                 others=dict(zip(node.models[1:], rest, strict=True)),
             )
+            tflop = [s.flops / 1e12 for s in steps]
             self._paces[key] = compute, dict(zip(node.models, tflop, strict=True))
         return self._paces[key]
 

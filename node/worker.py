@@ -69,12 +69,15 @@ class Worker:
         """How this node computes, for its birth."""
         steps = {name: self._pace.step_cost(denoiser) for name, denoiser in self._denoisers.items()}
         step, decode = steps.pop(self._main.name), self._pace.decode_cost(self._main)
+        call = self._pace.call_cost(self._main)
         return Compute(
             profile=self._pace.profile,
             step_seconds=step.seconds,
             step_joules=step.joules,
             decode_seconds=decode.seconds,
             decode_joules=decode.joules,
+            call_seconds=call.seconds,
+            call_joules=call.joules,
             rows=self._rows,
             others={n: Pace(step_seconds=s.seconds, step_joules=s.joules) for n, s in steps.items()},
         )

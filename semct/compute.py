@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from semct.calibration import BadProfile, Calibration, quick_fit
+from semct.calibration import load as load_calibration
 from semct.diffusion import EMBEDDED, EMBEDDED_SMALL, Conditioning, Denoiser
 
 T = TypeVar("T")
@@ -123,6 +126,10 @@ STANDS_FOR = {EMBEDDED: "sd3-medium", EMBEDDED_SMALL: "sd3-800m"}
 """Whose size and pace an emulated node shows for the models that come with the package, unless told otherwise."""
 
 
+CALIBRATED = ".json"
+"""How the name of a profile ends that is a file made by ``semct calibrate``."""
+
+
 class Processor(Protocol):
     """Runs a denoiser's calls at a pace, and says what they cost. Times are seconds of the emulated world."""
 
@@ -136,8 +143,12 @@ class Processor(Protocol):
         """The least size of a latent on the wire; shorter ones are padded."""
         ...
 
+    def call_cost(self, denoiser: Denoiser) -> Cost:
+        """What the planner expects of a call beside its rows."""
+        ...
+
     def step_cost(self, denoiser: Denoiser) -> Cost:
-        """What the planner expects of one row's step."""
+        """What the planner expects of each row's step in a call."""
         ...
 
     def decode_cost(self, denoiser: Denoiser) -> Cost:
@@ -167,14 +178,20 @@ class Native:
     latent_bytes = 0
 
     def __init__(self) -> None:
-        self._expected: dict[str, Cost] = {}
+        self._expected: dict[str, tuple[float, float]] = {}
+
+    def call_cost(self, denoiser: Denoiser) -> Cost:
+        """Measured on first use of a model: calls of a few rows tell a call's time from a row's."""
+        return Cost(self._measured(denoiser)[0], 0.0, 0.0, overrun=False, modelled=False)
 
     def step_cost(self, denoiser: Denoiser) -> Cost:
-        """Measured on first use of a model: the fastest of three steps."""
+        """Measured together with ``call_cost``."""
+        seconds, flops = self._measured(denoiser)[1], float(denoiser.flops_per_step)
+        return Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+
+    def _measured(self, denoiser: Denoiser) -> tuple[float, float]:
         if denoiser.name not in self._expected:
-            noise, text = denoiser.noise(0), denoiser.encode("")
-            costs = [self.step(denoiser, [noise], [0], [1], [text])[1] for _ in range(3)]
-            self._expected[denoiser.name] = min(costs)
+            self._expected[denoiser.name] = quick_fit(denoiser)
         return self._expected[denoiser.name]
 
     def decode_cost(self, denoiser: Denoiser) -> Cost:
@@ -218,6 +235,10 @@ class Emulated:
         """The profile's name."""
         return self._profile.name
 
+    def call_cost(self, denoiser: Denoiser) -> Cost:  # noqa: ARG002
+        """Nothing: on a saturated GPU a call takes as long as its rows."""
+        return self._profile.cost(0.0)
+
     def step_cost(self, denoiser: Denoiser) -> Cost:
         """One row's step by the profile."""
         return self._profile.cost(self._models[denoiser.name].step_tflop)
@@ -236,39 +257,79 @@ class Emulated:
     ) -> tuple[list[Tensor], Cost]:
         """``Denoiser.step``, held for the profile's time: rows share a saturated GPU, so it grows with them."""
         cost = self._profile.cost(self._models[denoiser.name].step_tflop * len(latents))
-        return self._held(lambda: denoiser.step(latents, at, of, conditionings), cost)
+        return _held(lambda: denoiser.step(latents, at, of, conditionings), cost, self._slowdown)
 
     def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
         """``Denoiser.decode``, held for the profile's time."""
         cost = self._profile.cost(self._models[denoiser.name].decode_tflop * len(latents))
-        return self._held(lambda: denoiser.decode(latents), cost)
+        return _held(lambda: denoiser.decode(latents), cost, self._slowdown)
 
-    def _held(self, call: Callable[[], T], cost: Cost) -> tuple[T, Cost]:
-        result, real = _timed(call)
-        wanted = cost.seconds * self._slowdown
-        if real > wanted:
-            return result, cost._replace(overrun=True)
-        time.sleep(wanted - real)
-        return result, cost
+
+class Calibrated:
+    """A machine's pace as it was measured, with the model that it was measured with, held in stretched real time."""
+
+    def __init__(self, measured: Calibration, *, slowdown: float = 1.0) -> None:
+        self.profile = measured.name
+        self.latent_bytes = measured.latent_bytes
+        self._measured = measured
+        self._slowdown = slowdown
+
+    def call_cost(self, denoiser: Denoiser) -> Cost:  # noqa: ARG002
+        """A call beside its rows, as measured."""
+        return self._cost(self._measured.call_seconds, 0.0)
+
+    def step_cost(self, denoiser: Denoiser) -> Cost:  # noqa: ARG002
+        """Each row's step in a call, as measured."""
+        return self._cost(self._measured.step_seconds, self._measured.step_flops)
+
+    def decode_cost(self, denoiser: Denoiser) -> Cost:  # noqa: ARG002
+        """One decode, as measured."""
+        return self._cost(self._measured.decode_seconds, self._measured.decode_flops)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[list[Tensor], Cost]:
+        """``Denoiser.step``, held for the time that a call of so many rows was measured to take."""
+        m, rows = self._measured, len(latents)
+        cost = self._cost(m.call_seconds + rows * m.step_seconds, rows * m.step_flops)
+        return _held(lambda: denoiser.step(latents, at, of, conditionings), cost, self._slowdown)
+
+    def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
+        """``Denoiser.decode``, held for as long as it was measured to take, one after the other."""
+        m, rows = self._measured, len(latents)
+        cost = self._cost(rows * m.decode_seconds, rows * m.decode_flops)
+        return _held(lambda: denoiser.decode(latents), cost, self._slowdown)
+
+    def _cost(self, seconds: float, flops: float) -> Cost:
+        return Cost(seconds, seconds * (self._measured.watts or 0.0), flops, overrun=False, modelled=True)
 
 
 class UnknownProfile(ValueError):
-    """A scenario names hardware or a model to emulate that is not in the tables."""
+    """A scenario names hardware or a model to emulate that is not in the tables, or a file that is no profile."""
 
 
 def check_names(profile: str, models: Iterable[str]) -> None:
     """Raise ``UnknownProfile`` unless a node can compute like this."""
-    if profile != Native.profile:
+    if profile.endswith(CALIBRATED):
+        calibrated(profile, models)
+    elif profile != Native.profile:
         _named(PROFILES, profile, "compute profile")
         for model in models:
             _named(EMULATED_MODELS, model, "emulated model")
 
 
 def processor(profile: str, models: Mapping[str, str], *, slowdown: float) -> Processor:
-    """The processor of a node: ``profile`` is ``native`` or a name in ``PROFILES``.
+    """The processor of a node: ``profile`` is ``native``, a name in ``PROFILES``, or the file of a calibrated one.
 
     ``models`` are names in ``EMULATED_MODELS``: what each of the node's denoisers stands for, by its name.
     """
+    if profile.endswith(CALIBRATED):
+        return calibrated(profile, models, slowdown=slowdown)
     if profile == Native.profile:
         return Native()
     return Emulated(
@@ -278,10 +339,34 @@ def processor(profile: str, models: Mapping[str, str], *, slowdown: float) -> Pr
     )
 
 
+def calibrated(path: str, models: Iterable[str], *, slowdown: float = 1.0) -> Calibrated:
+    """The processor of a calibrated profile's file, for a node with these models.
+
+    Raises ``UnknownProfile`` where the file is none, or for several models, of which it was measured with but one.
+    """
+    names = list(models)
+    if len(names) > 1:
+        raise UnknownProfile(f"the profile {path} was measured with one model; a node cannot run {names} by it")
+    try:
+        return Calibrated(load_calibration(Path(path)), slowdown=slowdown)
+    except BadProfile as error:
+        raise UnknownProfile(str(error)) from error
+
+
 def _named(table: dict[str, Any], name: str, what: str) -> Any:
     if name not in table:
         raise UnknownProfile(f"{what} {name!r} is not known; there is {', '.join(sorted(table))}")
     return table[name]
+
+
+def _held(call: Callable[[], T], cost: Cost, slowdown: float) -> tuple[T, Cost]:
+    """What a call gives, once the time has passed that it is to take; an overrun where that is over before."""
+    result, real = _timed(call)
+    wanted = cost.seconds * slowdown
+    if real > wanted:
+        return result, cost._replace(overrun=True)
+    time.sleep(wanted - real)
+    return result, cost
 
 
 def _timed(call: Callable[[], T]) -> tuple[T, float]:

@@ -91,14 +91,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The routes of a batch of requests, with the edge's compute share of each cluster.
 
     ``predictions`` are the framework's; a testbed replaces all but the quality by its own (``semct.forecast``).
-    ``gap`` is how much a user's utility may fall short of the best on average, as the planner has proven.
+    ``gap`` is how much a user's utility may fall short of the best on average, where the planner has proven that.
     ``caching`` says that the edge looks their first segments up in the framework's cache, and keeps them there.
     """
 
     clusters: tuple[Cluster, ...]
     routes: tuple[Route, ...]
     predictions: dict[str, Prediction] = {}
-    gap: float = 0.0
+    gap: float | None = None
     caching: bool = False
 
     def share(self, request: str) -> float:
@@ -112,6 +112,7 @@ def merged(plans: Sequence[Plan]) -> Plan:
     A cluster's share is then the latest plan's.
     """
     clusters: dict[Hashable, Cluster] = {}
+    gaps = [p.gap for p in plans if p.gap is not None]
     for number, plan in enumerate(plans):
         for index, c in enumerate(plan.clusters):
             key: Hashable = c.public_prompt if plan.caching else (number, index)
@@ -124,7 +125,7 @@ def merged(plans: Sequence[Plan]) -> Plan:
         clusters=tuple(clusters.values()),
         routes=tuple(r for p in plans for r in p.routes),
         predictions={request: found for p in plans for request, found in p.predictions.items()},
-        gap=max((p.gap for p in plans), default=0.0),
+        gap=max(gaps) if gaps and len(gaps) == len(plans) else None,
         caching=any(p.caching for p in plans),
     )
 

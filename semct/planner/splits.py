@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from semct.cost import Floats, Ints, Network, Users, Weights
+from semct.cost import Floats, Ints, Network, NodeState, Users, Weights
 from semct.quality import QualityModel
 from semct.routes import Request
 
@@ -47,6 +47,33 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     joules: float
 
 
+class Prices(msgspec.Struct, frozen=True, kw_only=True):
+    """What users of T = ``steps`` steps lose by their splits, in units of utility, as arrays (users,).
+
+    ``always`` whatever the split; ``sent`` once a latent comes down; ``device`` by a step on the device, ``edge`` by
+    the energy of one on the edge, ``second`` by a second of waiting; ``lost`` (users, X + 1) by x shared steps.
+    """
+
+    steps: int
+    always: Floats
+    sent: Floats
+    device: Floats
+    edge: Floats
+    second: Floats
+    lost: Floats
+
+    def own(self) -> Floats:
+        """``Costs.own`` of these users."""
+        x, y = np.meshgrid(np.arange(self.lost.shape[1]), np.arange(self.steps + 1), indexing="ij")
+        z = self.steps - x - y
+        own = self.device[:, None, None] * z
+        own += self.edge[:, None, None] * y
+        own += np.where(x + y > 0, (self.always + self.sent)[:, None, None], self.always[:, None, None])
+        own += self.lost[:, :, None]
+        own[:, z < 0] = np.inf
+        return own
+
+
 def costs(
     requests: Sequence[Request],
     groups: Sequence[Sequence[int]],
@@ -74,55 +101,53 @@ def costs(
         longest = min(most_shared, steps) if sharing else 0
         members = [requests[i] for m in numbers for i in groups[m]]
         phi = np.concatenate([similarity[m] for m in numbers])
-        own, per_second, per_joule = _own(
-            members, phi, steps, longest, network=network, weights=weights, quality=quality
-        )
-        bends = corners(own)
+        users = Users.of(network, [r.device for r in members])
         edge = network.nodes[network.edge]
+        prices = price(users, phi, steps, longest, edge=edge, weights=weights, quality=quality)
+        own = prices.own()
+        bends = corners(own)
         first = 0
         for m in numbers:
             mine = slice(first, first := first + len(groups[m]))
             made[m] = Costs(
                 own=own[mine],
                 corners=bends[mine],
-                second=float(per_second[mine].sum()),
+                second=float(prices.second[mine].sum()),
                 step=edge.full_seconds,
-                joules=float(per_joule[mine].mean()) * edge.full_joules,
+                joules=float(prices.edge[mine].mean()),
             )
     return [made[m] for m in range(len(groups))]
 
 
-def _own(
-    members: Sequence[Request],
-    phi: Floats,
+def price(
+    users: Users,
+    similarity: Floats,
     steps: int,
     longest: int,
     *,
-    network: Network,
+    edge: NodeState,
     weights: Weights,
     quality: QualityModel,
-) -> tuple[Floats, Floats, Floats]:
-    """``Costs.own`` of these users, and what a second and a joule cost each of them."""
-    users, edge = Users.of(network, [r.device for r in members]), network.nodes[network.edge]
-    curve = quality.quality(phi[:, None], np.arange(longest + 1) * (quality.steps / steps))
+) -> Prices:
+    """The prices of users with this similarity (users,) of personal and public prompt, and at most so long an x."""
+    curve = quality.quality(similarity[:, None], np.arange(longest + 1) * (quality.steps / steps))
     reference = users.alone(steps, curve[:, 0])
-    per_second = weights.latency / reference.latency
+    second = weights.latency / reference.latency
     metered = reference.energy > 0
-    per_joule = np.divide(weights.energy, reference.energy, out=np.zeros(len(phi)), where=metered)
-    x, y = np.meshgrid(np.arange(longest + 1), np.arange(steps + 1), indexing="ij")
-    z = steps - x - y
+    joule = np.divide(weights.energy, reference.energy, out=np.zeros(len(second)), where=metered)
+    order = second * users.order_seconds() + joule * users.order_joules()
     # Whatever the split: the batch waits for the slowest request, decoding is the device's.
-    always = per_second * (users.asking_seconds().max() + users.decode_seconds) - weights.latency
-    always += per_joule * (users.asking_joules() + users.decode_joules) - weights.energy * metered
-    down = per_second * users.latent_seconds() + per_joule * users.latent_joules()
-    order = per_second * users.order_seconds() + per_joule * users.order_joules()
-    on_device = per_second * users.step_seconds + per_joule * users.step_joules
-    own = on_device[:, None, None] * z
-    own += (per_joule * edge.full_joules)[:, None, None] * y
-    own += np.where(x + y > 0, (always + down)[:, None, None], (always + order)[:, None, None])
-    own -= (weights.quality * curve / curve[:, :1])[:, :, None]
-    own[:, z < 0] = np.inf
-    return own, per_second, per_joule
+    always = second * (users.asking_seconds().max(initial=0.0) + users.decode_seconds) - weights.latency
+    always += joule * (users.asking_joules() + users.decode_joules) - weights.energy * metered
+    return Prices(
+        steps=steps,
+        always=always + order,
+        sent=second * users.latent_seconds() + joule * users.latent_joules() - order,
+        device=second * users.step_seconds + joule * users.step_joules,
+        edge=joule * edge.full_joules,
+        second=second,
+        lost=-weights.quality * curve / curve[:, :1],
+    )
 
 
 def corners(own: Floats) -> NDArray[np.bool_]:

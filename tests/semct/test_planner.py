@@ -359,6 +359,7 @@ def test_two_hundred_plans_are_the_best_of_all(uniform: bool) -> None:
         found = total(made, splits, np.array([c.share for c in plan.clusters]))
         best = brute_force(made, uniform=uniform)
         assert best - 1e-9 <= found <= best + 1e-3 * abs(best), seed
+        assert plan.gap is not None
         assert plan.gap <= 1e-9
 
 
