@@ -6,19 +6,27 @@ member's own, all from one noise; the scorer's mean over the 80 pictures.
 
 ``python benchmarks/sharing.py levels``: what sharing at several levels saves at equal measured quality. Fifty users of
 the emulated cell (RTX 3090 Ti, A100, SD3 Medium's pace), planned by every framework for a range of weights of quality
-against energy, and drawn; once with the cell's 30 captions, so that some users ask for the same, once with 50 different
-ones.
-Work is counted in steps of 12 TFLOP, each distinct one once.
+against energy, and drawn; once with 50 different captions, once with the cell's 30, so that some ask for the same.
+``semct`` may share as many steps as it likes here. Work is counted in steps of 12 TFLOP, each distinct one once.
+
+``python benchmarks/sharing.py arrivals``: requests that come one by one. A hundred and fifty users of the same cell ask
+for captions drawn from all of the package's, at several rates; ``semct`` plans them in windows, ``semct-async`` and
+``cached`` as they come. The engine runs in virtual time, without a model; scores are the quality curves'. Public
+prompts are medoids, and planning takes no time: a language model would add its seconds to every window.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import random
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,13 +34,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from experiments.scenario import PromptSet, load_part
 from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
-from semct.compute import EMULATED_MODELS, PROFILES, Native
-from semct.cost import Link, Network, NodeState, Weights
+from semct.compute import EMULATED_MODELS, PROFILES, Cost, Native, Processor
+from semct.cost import Link, Network, NodeState, Outcome, Weights, device_only, utility
 from semct.diffusion import Denoiser
 from semct.engine import Engine, Job
 from semct.prompts import SentenceEncoder, load_sentence_encoder
@@ -53,16 +62,22 @@ CLUSTERS = (
 MEMBERS = 5
 SHARED = (8, 12, 16, 20)
 
+ASKING = 150
+RATES = (0.5, 2, 8)
+ROWS_OF_EDGE = 8
+CEILING = 0.946  # the embedded model's score with nothing shared, by its quality curves
+NOTHING = torch.empty(0)
+
 USERS = 50
 STEP_TFLOP = 12
 CELL = ("animals-in-the-snow", "vehicles-at-sunset", "food-at-the-beach")
 DISTINCT = (*CELL, "plants-in-the-forest", "things-in-a-living-room", "dogs-here-and-there")
-QUALITY_WEIGHTS = (0.3, 0.5, 0.4, 0.6, 0.8)
+QUALITY_WEIGHTS = (0.3, 0.5, 0.4, 0.6)
 
 
 def draw(denoiser: Denoiser, routes: Iterable[Route]) -> tuple[dict[str, NDArray[np.uint8]], int]:
     """The picture of each route's request, and how many steps were run: shared ones once, on whatever node."""
-    engine = Engine({denoiser.name: denoiser}, Native(denoiser), rows=ROWS)
+    engine = Engine({denoiser.name: denoiser}, Native(), rows=ROWS)
     for r in routes:
         engine.submit(Job(request=r.request, seed=r.seed, steps=r.steps, segments=r.segments))
     pictures = {}
@@ -141,17 +156,17 @@ def levels(denoiser: Denoiser, scorer: Scorer, console: Console) -> None:
     distinct = list(dict.fromkeys(p for name in DISTINCT for p in groups[name]))
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "semct-tree": ("semct-tree", {}),
-        f"semct, K = 3, at most {STEPS}": ("semct", {"clusters": 3, "most_shared": STEPS}),
-        f"semct, K by utility, at most {STEPS}": ("semct", {"clusters": "utility", "most_shared": STEPS}),
-        "semct, K = 3, at most 13": ("semct", {"clusters": 3, "most_shared": 13}),
+        "semct, K by utility": ("semct", {"clusters": "utility", "most_shared": STEPS}),
+        "semct, K = 3": ("semct", {"clusters": 3, "most_shared": STEPS}),
     }
     for title, prompts in {
-        "the cell's captions": [cell[i % len(cell)] for i in range(USERS)],
         "different captions": distinct[:USERS],
+        "the cell's captions": [cell[i % len(cell)] for i in range(USERS)],
     }.items():
         console.print(f"{title}: framework | weight of quality | TFLOP | score | predicted score | planned in, CPU")
         points: dict[str, list[Point]] = {}
-        runs = [(label, w) for w in QUALITY_WEIGHTS for label in ways] + [("hierarchical", 0.5)]
+        runs = [(label, w) for w in QUALITY_WEIGHTS for label in ways]
+        runs.insert(len(ways), ("hierarchical", QUALITY_WEIGHTS[0]))
         for label, weight in runs:
             name, more = ways.get(label, (label, {}))
             batch = cell_batch(encoder, writer, prompts, weight, **more)
@@ -246,6 +261,134 @@ def cell_batch(
     )
 
 
+def arrivals(_: Denoiser, __: Scorer, console: Console) -> None:
+    """What windows and online planning give at several rates of arrival."""
+    encoder = load_sentence_encoder()
+    writer = MedoidWriter(encoder)
+    every = [p for prompts in prompt_groups().values() for p in prompts]
+    chance = random.Random(SEED)  # noqa: S311  no secret
+    prompts = [chance.choice(every) for _ in range(ASKING)]
+    ways = [("semct", 1.0), ("semct", 5.0), ("cached", 0.0), ("semct-async", 0.0), ("device-only", 0.0)]
+    for rate in RATES:
+        columns = ("framework", "window", "TFLOP", "score", "latency, mean", "95 %", "energy", "utility", "hits")
+        table = Table(*columns, title=f"{rate:g} requests per second")
+        times = list(accumulate(chance.expovariate(rate) for _ in prompts))
+        for name, window in ways:
+            batch = cell_batch(encoder, writer, prompts, 0.4)
+            batch = replace(batch, weights=Weights(quality=0.4, latency=0.3, energy=0.3))
+            tflop, outcomes = Cell(batch, name, window).play(times)
+            references = [device_only(batch.network, r.device, r.steps, CEILING) for r in batch.requests]
+            gained = [utility(o, ref, batch.weights) for o, ref in zip(outcomes, references, strict=True)]
+            latency = [o.latency for o in outcomes]
+            counts = batch.cache.counts
+            table.add_row(
+                name,
+                f"{window:g} s",
+                f"{tflop:.0f}",
+                f"{np.mean([o.quality for o in outcomes]):.3f}",
+                f"{np.mean(latency):.2f} s",
+                f"{np.quantile(latency, 0.95):.2f} s",
+                f"{np.mean([o.energy for o in outcomes]):.0f} J",
+                f"{np.mean(gained):.3f}",
+                f"{counts.hits} of {counts.hits + counts.misses}" if counts.hits + counts.misses else "-",
+            )
+        console.print(table)
+
+
+class Cell:
+    """An edge whose engine runs in virtual time, and devices that only take time; it is the engine's processor."""
+
+    def __init__(self, batch: frameworks.Batch, framework: str, window: float) -> None:
+        self.now = 0.0
+        self._batch = batch
+        self._plan = frameworks.load(framework)
+        self._window = window
+        self._state = batch.network.nodes["edge"]
+        denoisers: dict[str, Any] = {batch.model: self}
+        self._engine = Engine(denoisers, cast("Processor", self), rows=ROWS_OF_EDGE, clock=lambda: self.now)
+        self._outcomes: dict[str, Outcome] = {}
+        self._steps = 0
+        self._quality: dict[str, float] = {}
+        self._left: dict[str, int] = {}
+
+    def noise(self, _: int) -> Tensor:
+        return NOTHING
+
+    def encode(self, *_: object) -> Tensor:
+        return NOTHING
+
+    def step(self, _: object, latents: Sequence[object], *__: object) -> tuple[list[Tensor], Cost]:
+        """What the engine asks of its processor."""
+        seconds = self._state.call_seconds + len(latents) * self._state.step_seconds
+        joules = self._state.call_joules + len(latents) * self._state.step_joules
+        self.now += seconds
+        return [NOTHING] * len(latents), Cost(seconds, joules, 0.0, overrun=False, modelled=True)
+
+    def play(self, times: Sequence[float]) -> tuple[float, list[Outcome]]:
+        """TFLOP in all, and what each request got that comes at its time."""
+        asked = {r.id: at for r, at in zip(self._batch.requests, times, strict=True)}
+        coming, waiting = list(self._batch.requests), list[Request]()
+        while len(self._outcomes) < len(asked):
+            while coming and asked[coming[0].id] <= self.now:
+                waiting.append(coming.pop(0))
+            due = asked[waiting[0].id] + self._window if waiting else math.inf
+            if waiting and (self.now >= due or not coming):
+                self._submit(waiting, asked)
+                waiting = []
+            elif self._engine.idle:
+                self.now = min(due, asked[coming[0].id]) if coming else due
+            else:
+                for done in self._engine.call():
+                    self._finish(done.job.request, asked, done.joules)
+        tflop = (self._engine.totals.rows + self._steps) * STEP_TFLOP
+        return tflop, [self._outcomes[r.id] for r in self._batch.requests]
+
+    def _submit(self, waiting: Sequence[Request], asked: Mapping[str, float]) -> None:
+        batch = replace(self._batch, requests=tuple(waiting))
+        plan = self._plan(batch)
+        for r in plan.routes:
+            own = tuple(s for s in r.segments if s.node == "edge")
+            self._quality[r.request] = plan.predictions[r.request].quality
+            self._left[r.request] = r.steps - sum(s.stop - s.start for s in own)
+            self._steps += self._left[r.request]
+            if not own:
+                self._finish(r.request, asked, 0.0)
+                continue
+            cluster = next((i for i, c in enumerate(plan.clusters) if r.request in c.members), None)
+            self._engine.submit(
+                Job(
+                    request=r.request,
+                    seed=r.seed,
+                    steps=r.steps,
+                    segments=own,
+                    group=(self.now, cluster),
+                    weight=plan.share(r.request),
+                    cache=batch.cache if plan.caching else None,
+                )
+            )
+
+    def _finish(self, request: str, asked: Mapping[str, float], joules: float) -> None:
+        """The latent, or the order to begin, goes to the device, which does the rest."""
+        network, device = self._batch.network, f"device-{request.removeprefix('r')}"
+        left, node, up, down = (
+            self._left[request],
+            network.nodes[device],
+            network.uplinks[device],
+            network.downlinks[device],
+        )
+        size = network.latent_bytes if left < STEPS else network.request_bytes
+        self._outcomes[request] = Outcome(
+            quality=self._quality[request],
+            latency=self.now
+            - asked[request]
+            + up.seconds(network.request_bytes)
+            + down.seconds(size)
+            + left * node.lone_seconds
+            + node.decode_seconds,
+            energy=joules + down.joules(size) + left * node.lone_joules + node.decode_joules,
+        )
+
+
 def prompt_groups() -> dict[str, tuple[str, ...]]:
     """The groups of captions that come with the package."""
     path = Path(__file__).parents[1] / "experiments" / "prompts" / "embedded.yaml"
@@ -253,7 +396,7 @@ def prompt_groups() -> dict[str, tuple[str, ...]]:
     return {g.name: g.prompts for g in prompts.groups}
 
 
-PARTS = {"writers": writers, "levels": levels}
+PARTS = {"arrivals": arrivals, "levels": levels, "writers": writers}
 
 
 def main() -> int:
@@ -261,9 +404,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the denoiser runs in")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    PARTS[options.part](Denoiser.load("embedded"), load_scorer("embedded"), Console(width=120))
+    PARTS[options.part](
+        Denoiser.load("embedded", dtype=getattr(torch, options.dtype)), load_scorer("embedded"), Console(width=120)
+    )
     return 0
 
 

@@ -100,6 +100,7 @@ class LatentCache:
         self._policy = settings.policy
         self._entries: dict[Prefix, _Entry] = {}
         self._clock = 0
+        self._active = 0
         self._counts = Counts()
         self._lock = threading.RLock()
         self.recent: deque[tuple[str, NDArray[np.float32]]] = deque(maxlen=_RECENT)
@@ -117,10 +118,20 @@ class LatentCache:
             return counts
 
     @property
-    def running(self) -> int:
-        """How many requests are under way on a prefix."""
+    def active(self) -> int:
+        """How many requests are under way on the node, on a prefix or behind it."""
         with self._lock:
-            return sum(sum(e.running.values()) for e in self._entries.values())
+            return self._active
+
+    def begin(self) -> None:
+        """Note that the node has got one more request to work on."""
+        with self._lock:
+            self._active += 1
+
+    def end(self) -> None:
+        """Note that the node is through with a request."""
+        with self._lock:
+            self._active -= 1
 
     def prefixes(self, steps: int, model: str) -> tuple[list[Prefix], NDArray[np.float32]]:
         """The known prefixes of such trajectories, and their prompts' unit vectors (n, d)."""

@@ -226,6 +226,8 @@ class Engine:
         if rider.job.cache is not None and rider.prefix is not None:
             rider.job.cache.reached(rider.prefix, rider.stop)
         if rider.is_last:
+            if rider.job.cache is not None:
+                rider.job.cache.end()
             now = self._clock()
             self._done.append(
                 Done(

@@ -4,7 +4,8 @@ The clustering is a dendrogram, so sharing need not stop at one level: all users
 next ones, near-duplicates nearly all. Each level runs on the mean of the prompts below it, which needs no language
 model, and a dynamic programme cuts the dendrogram where the predicted utility asks (``semct.planner.tree``). Kept
 of SemCT: embeddings, average linkage, own splits, compute shares, the split between edge and device. Not kept: the
-number of clusters and the bound on shared steps, which utility decides, and public prompts in words.
+number of clusters, which utility decides, and public prompts in words. The bound on shared steps holds for the root;
+closer nodes may share more, until they lose as much.
 """
 
 from semct.clustering import dendrogram
@@ -27,4 +28,5 @@ def plan(batch: Batch) -> Plan:
             network=batch.network,
             weights=batch.weights,
             quality=batch.quality,
+            most_shared=batch.most_shared,
         )

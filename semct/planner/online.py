@@ -71,13 +71,13 @@ def plan(
         cache.recent.append((request.prompt, vector))
     starts: list[_Start | None] = []
     own: list[int] = []
-    for n, (request, vector) in enumerate(zip(requests, vectors, strict=True)):
-        # Whoever is under way at the edge, and whoever has come with this one, waits for its steps.
-        waiting = cache.running + len(requests) - n
+    # The edge is shared: a step delays all that are under way there, and by as many it is itself delayed.
+    waiting = 2 * cache.active + len(requests)
+    for request, vector in zip(requests, vectors, strict=True):
         price = prices([request], network=network, weights=weights, quality=quality, waiting=waiting)
         arrival = _Arrival(request, vector, price, cache, quality, model)
         new = arrival.foreseeing(most_shared) if foresee else arrival.own(most_shared)
-        best = min((o for o in (arrival.join(), new) if o is not None), key=lambda o: o.cost, default=None)
+        best = min((o for o in (arrival.join(most_shared), new) if o is not None), key=lambda o: o.cost, default=None)
         if foresee and best is not None and best.cost >= price.rest[0, 0]:
             best = None
         if best is None:
@@ -86,6 +86,8 @@ def plan(
             cache.plan(best.prefix, best.vector, best.shared)
         starts.append(best)
         own.append(int(price.edge[0, best.shared if best else 0]))
+        if best is not None or own[-1]:
+            cache.begin()
     return _routes(requests, starts, own, model=model, network=network, weights=weights, quality=quality)
 
 
@@ -100,20 +102,25 @@ class _Arrival:
     quality: QualityModel
     model: str
 
-    def join(self) -> _Start | None:
-        """The best start from a prefix that is there or coming, if any saves steps."""
+    def join(self, most_shared: int) -> _Start | None:
+        """The best start from a prefix that is there or coming, if any saves steps; ``most_shared`` bounds it.
+
+        But for its own prompt: of that it may take all there is.
+        """
         prefixes, theirs, similarity, fresh, cost = self._known(self.vector)
-        cost = np.where(fresh < np.arange(self.request.steps + 1), cost, np.inf)
+        at = np.arange(self.request.steps + 1)
+        own = np.array([p.prompt == self.request.prompt for p in prefixes], dtype=bool)
+        cost = np.where((fresh < at) & ((at <= most_shared) | own[:, None]), cost, np.inf)
         if not np.isfinite(cost).any():
             return None
-        at, step = (int(i) for i in np.unravel_index(int(np.argmin(cost)), cost.shape))
+        best, step = (int(i) for i in np.unravel_index(int(np.argmin(cost)), cost.shape))
         return _Start(
-            prefix=prefixes[at],
-            vector=theirs[at],
-            similarity=float(similarity[at]),
+            prefix=prefixes[best],
+            vector=theirs[best],
+            similarity=float(similarity[best]),
             shared=step,
-            fresh=int(fresh[at, step]),
-            cost=float(cost[at, step]),
+            fresh=int(fresh[best, step]),
+            cost=float(cost[best, step]),
             known=True,
         )
 

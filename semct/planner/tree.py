@@ -27,6 +27,9 @@ from semct.planner.shares import shares
 from semct.quality import QualityModel
 from semct.routes import Cluster, Plan, Prediction, Prompt, Request, blend, route
 
+_EQUAL = 1 - 1e-6  # embeddings are float32: equal prompts may fall short of a cosine of 1 by its last bits
+_OWN = 0.2  # of the steps: measured on the embedded model, see docs/frameworks.md
+
 
 class PromptTree:
     """A dendrogram of n prompts with the mean of the prompts below each node, and how near each of them is to it.
@@ -127,21 +130,41 @@ def lost(quality: QualityModel, similarity: NDArray[np.float64], steps: int) -> 
     return np.asarray(quality.quality(1.0, 0.0) - quality.quality(similarity[:, None], at[None, :]))
 
 
-def best_stops(tree: PromptTree, price: Prices, quality: QualityModel) -> NDArray[np.int64]:
+def allowed_stops(tree: PromptTree, quality: QualityModel, steps: int, most_shared: int) -> NDArray[np.bool_]:
+    """Which stops (inner nodes, T + 1) a node may have.
+
+    ``most_shared`` bounds the root, whose prompt is the most distant one; another node may go on until its own members
+    lose as much on average as the root's do there. Different prompts end with steps of their own, or a picture would
+    show the mean of two wishes: the curves, which know sentences, do not see what that costs.
+    """
+    inner = range(tree.leaves, len(tree.members))
+    falls = np.array([lost(quality, tree.similarity[v], steps).mean(axis=0) for v in inner]).reshape(-1, steps + 1)
+    different = np.array([tree.similarity[v].min() < _EQUAL for v in inner], dtype=bool)
+    bound = falls[-1, min(most_shared, steps)] if len(falls) else 0.0
+    last = np.where(different, int(steps * (1 - _OWN)), steps)
+    at = np.arange(steps + 1)
+    return np.asarray((falls <= bound + 1e-9) & (at <= last[:, None]), dtype=np.bool_)
+
+
+def best_stops(tree: PromptTree, price: Prices, quality: QualityModel, most_shared: int) -> NDArray[np.int64]:
     """The step (nodes,) to which each node shares, of least total cost; one that shares none stops where it starts."""
     steps = price.rest.shape[1] - 1
+    at = np.arange(steps + 1)
+    allowed = allowed_stops(tree, quality, steps, most_shared)
     least = list(price.rest)  # by node: the least cost of all below from each step on
     choice = []
     for i, (left, right) in enumerate(tree.children):
         members = tree.members[tree.leaves + i]
-        spent = np.arange(steps + 1) * price.shared(members)
+        spent = at * price.shared(members)
         spent += price.quality[members] @ lost(quality, tree.similarity[tree.leaves + i], steps)
+        below = least[left] + least[right]
         # The best stop from each start: a running minimum from the right, the earliest of equals.
-        total = spent + least[left] + least[right]
+        total = np.where(allowed[i], spent + below, np.inf)
         best = np.minimum.accumulate(total[::-1])[::-1]
-        at = np.where(total <= best + 1e-12, np.arange(steps + 1), steps + 1)
-        choice.append(np.minimum.accumulate(at[::-1])[::-1])
-        least.append(best - spent)
+        earliest = np.minimum.accumulate(np.where(total <= best + 1e-12, at, steps + 1)[::-1])[::-1]
+        idle = below <= best - spent  # sharing nothing is allowed always
+        choice.append(np.where(idle, at, earliest))
+        least.append(np.where(idle, below, best - spent))
     stops = np.zeros(len(tree.members), dtype=np.int64)
     for i in reversed(range(len(tree.children))):
         node = tree.leaves + i
@@ -211,13 +234,14 @@ def best_plan(
     network: Network,
     weights: Weights,
     quality: QualityModel,
+    most_shared: int,
 ) -> Plan:
     """The plan of highest predicted utility of those with the best stops, for several numbers of waiting requests."""
     plans = []
     waiting = len(requests)
     while waiting:
         price = prices(requests, network=network, weights=weights, quality=quality, waiting=waiting)
-        stops = best_stops(tree, price, quality)
+        stops = best_stops(tree, price, quality, most_shared)
         found = plan(requests, tree, stops, price.edge, model=model, network=network, weights=weights, quality=quality)
         plans.append(found)
         waiting //= 4

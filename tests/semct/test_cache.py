@@ -61,7 +61,6 @@ def test_the_bound_is_kept_and_every_request_is_a_hit_or_a_miss(
     counts = cache.counts
     assert counts.hits + counts.misses == len(requests)
     assert counts.steps_saved <= sum(stop for _, stop in requests)
-    assert cache.running == 0
     known, vectors = cache.prefixes(STEPS, "m")
     assert len(known) == len(vectors)
     assert sum(len(held(cache, p)) for p in known) * 1_000_000 == counts.bytes
@@ -72,16 +71,13 @@ def test_the_bound_is_kept_and_every_request_is_a_hit_or_a_miss(
 def test_steps_that_are_running_may_be_counted_on() -> None:
     cache = holding(9)
     cache.plan(prefix("a"), VECTOR, 7)
-    assert cache.running == 1
     assert cache.fresh_steps(prefix("a")).tolist() == [0] * 8 + [1, 2, 3, 4, 5]
     cache.plan(prefix("a"), VECTOR, 9)
-    assert cache.running == 2
     assert (cache.counts.hits, cache.counts.misses, cache.counts.steps_saved) == (1, 1, 7)
     for step in range(1, 10):
         cache.keep(prefix("a"), step, LATENT)
     cache.reached(prefix("a"), 7)
     cache.reached(prefix("a"), 9)
-    assert cache.running == 0
     assert cache.fresh_steps(prefix("a")).tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert cache.fresh_steps(prefix("never seen")).tolist() == list(range(STEPS + 1))
     cache.miss()
@@ -122,13 +118,14 @@ def finish(engine: Engine) -> dict[str, Done]:
 @pytest.fixture
 def serve(tiny: Denoiser) -> Callable[..., dict[str, Done]]:
     """Runs (request, public prompt, shared steps) together, with or without a cache."""
-    engine = Engine({tiny.name: tiny}, Native(tiny))
+    engine = Engine({tiny.name: tiny}, Native())
 
     def served(*asked: tuple[str, str, int], cache: LatentCache | None) -> dict[str, Done]:
         for name, public, shared in asked:
             request = Request(id=name, device="d", prompt=name, seed=1, steps=STEPS)
             spans = (("edge", tiny.name, public, shared), ("edge", tiny.name, name, STEPS - shared))
             if cache is not None:
+                cache.begin()
                 cache.plan(Prefix(seed=1, steps=STEPS, model=tiny.name, prompt=public), VECTOR, shared)
             engine.submit(Job(request=name, seed=1, steps=STEPS, segments=route(request, *spans).segments, cache=cache))
         return finish(engine)
@@ -145,7 +142,7 @@ def test_a_later_request_starts_where_the_cache_lets_it(serve: Callable[..., dic
     plain = {**serve(("same", "a cat", 8), cache=None), **serve(("later", "a cat", 11), cache=None)}
     for name, done in plain.items():
         torch.testing.assert_close(later[name].latent, done.latent, rtol=1e-4, atol=1e-4)
-    assert cache.running == 0
+    assert cache.active == 0
     assert cache.counts.hits == 3
 
 

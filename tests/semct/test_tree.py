@@ -64,8 +64,8 @@ def cost(prompts: PromptTree, price: Prices, stops: NDArray[np.int64]) -> float:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 4), steps=st.integers(1, 5))
-def test_the_best_stops_are_those_of_brute_force(seed: int, n: int, steps: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 4), steps=st.integers(1, 5), most=st.integers(0, 5))
+def test_the_best_stops_are_those_of_brute_force(seed: int, n: int, steps: int, most: int) -> None:
     rng = np.random.default_rng(seed)
     prompts = grown(seed, n)
     price = Prices(
@@ -74,11 +74,13 @@ def test_the_best_stops_are_those_of_brute_force(seed: int, n: int, steps: int) 
         step=rng.random(n) / 4,
         quality=rng.random(n),
     )
-    found = tree.best_stops(prompts, price, QUALITY)
+    found = tree.best_stops(prompts, price, QUALITY, most)
     inner = range(n, 2 * n - 1)
+    allowed = tree.allowed_stops(prompts, QUALITY, steps, most)
 
     def legal(stops: dict[int, int]) -> bool:
-        return all(stops.get(prompts.parent[v], 0) <= s for v, s in stops.items() if prompts.parent[v] != v)
+        starts = {v: 0 if prompts.parent[v] == v else stops[prompts.parent[v]] for v in stops}
+        return all(starts[v] == s or (starts[v] < s and allowed[v - n, s]) for v, s in stops.items())
 
     least = min(
         cost(prompts, price, np.array([0] * n + list(each)))
@@ -99,7 +101,7 @@ def test_a_plan_runs_every_shared_step_once(seed: int, n: int, quality: float) -
     ]
     weights = Weights(quality=quality, latency=(1 - quality) / 2, energy=(1 - quality) / 2)
     price = tree.prices(asked, network=net, weights=weights, quality=QUALITY, waiting=n)
-    stops = tree.best_stops(prompts, price, QUALITY)
+    stops = tree.best_stops(prompts, price, QUALITY, 13)
     plan = tree.plan(asked, prompts, stops, price.edge, model="m", network=net, weights=weights, quality=QUALITY)
     assert [r.request for r in plan.routes] == [r.id for r in asked]
     assert sorted(m for c in plan.clusters for m in c.members) == sorted(r.id for r in asked)
@@ -123,7 +125,9 @@ def test_equal_prompts_share_all_the_edge_does() -> None:
     prompts = PromptTree(dendrogram(vectors), ["a"] * 3 + ["b"] * 3, vectors)
     asked = [Request(id=f"r{i}", device=f"d{i}", prompt=p, seed=7, steps=STEPS) for i, p in enumerate(prompts.prompts)]
     weights = Weights(quality=0.8, latency=0.1, energy=0.1)
-    plan = tree.best_plan(asked, prompts, model="m", network=network(6), weights=weights, quality=QUALITY)
+    plan = tree.best_plan(
+        asked, prompts, model="m", network=network(6), weights=weights, quality=QUALITY, most_shared=13
+    )
     assert steps_by_node(plan.routes)["edge"] <= 2 * STEPS
     assert {r.segments[-1].prompt for r in plan.routes} == {"a", "b"}
 
@@ -131,7 +135,9 @@ def test_equal_prompts_share_all_the_edge_does() -> None:
 def test_with_quality_alone_in_mind_nothing_is_lost() -> None:
     prompts, asked = grown(3, 8), requests(8)
     quality_only = Weights(quality=1.0, latency=0.0, energy=0.0)
-    plan = tree.best_plan(asked, prompts, model="m", network=network(8), weights=quality_only, quality=QUALITY)
+    plan = tree.best_plan(
+        asked, prompts, model="m", network=network(8), weights=quality_only, quality=QUALITY, most_shared=13
+    )
     assert all(
         p.quality == pytest.approx(float(QUALITY.quality(1.0, 0.0)), abs=1e-6) for p in plan.predictions.values()
     )
@@ -177,3 +183,16 @@ def test_the_best_number_of_clusters_costs_least_of_all(seed: int, n: int, most:
 
     best = tree.best_clusters(prompts, price, QUALITY, most)
     assert total(best) == pytest.approx(min(total(k) for k in range(1, n + 1)), abs=1e-9)
+
+
+def test_the_root_keeps_its_bound_and_different_wishes_end_with_steps_of_their_own() -> None:
+    vectors = np.repeat(unit(np.random.default_rng(2), 6), 2, axis=0)
+    prompts = PromptTree(dendrogram(vectors), [f"p{i // 2}" for i in range(12)], vectors)
+    allowed = tree.allowed_stops(prompts, QUALITY, STEPS, 13)
+    assert np.flatnonzero(allowed[-1]).max() == 13
+    for v in range(12, 23):
+        longest = int(np.flatnonzero(allowed[v - 12]).max())
+        same = len({prompts.prompts[i] for i in prompts.members[v]}) == 1
+        assert longest == STEPS if same else longest <= 22
+        mean = tree.lost(QUALITY, prompts.similarity[v], STEPS).mean(axis=0)
+        assert mean[longest] <= tree.lost(QUALITY, prompts.similarity[-1], STEPS).mean(axis=0)[13] + 1e-9
