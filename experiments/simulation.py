@@ -1,8 +1,10 @@
 """Simulates a scenario: the edge's own planning for any number of users, on the models of cost and quality alone.
 
-There are no processes, no links and no pictures; what each request gets is what its plan predicts. Users take the
-scenario's prompts as in a run, so thousands of users ask for what the prompt set holds many times over; other than in
-a run, each has noise of its own, so that two users with the same prompt share steps only where a plan says so.
+There are no processes, no links and no pictures. What each request gets is what the edge forecasts in a run, by playing
+the plan through its engine in virtual time; for more than ``PLAYED`` users it is what the plan itself predicts, by the
+closed forms of ``semct.cost``. Users take the scenario's prompts as in a run, so thousands of users ask for what the
+prompt set holds many times over; other than in a run, each has noise of its own, so that two users with the same
+prompt share steps only where a plan says so.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ from semct.quality import load_quality_model
 from semct.routes import Plan, Request, wording
 from semct.simulator import Simulated, Unpredicted, simulate
 
-MOST_USERS = 100_000
+PLAYED = 200
+"""Up to so many users a plan is played through the engine in virtual time; beyond, its own closed forms must do."""
+
 _NOISE = 1_000_003  # a prime between users' seeds: repetitions, which count up by one, get other noise
 
 
@@ -114,12 +118,13 @@ class Simulator:
         prompts: Sequence[str],
         *,
         links: Callable[[int], Mapping[str, NodeLinks]] = lambda _: {},
+        played: int = PLAYED,
         watch: Callable[[str, int], None] = lambda *_: None,
     ) -> Simulation:
         """Every framework and repetition of a scenario.
 
-        ``links`` gives the devices' links in a repetition; who has none is not limited. ``watch`` is told before each
-        round which framework and repetition it is.
+        ``links`` gives the devices' links in a repetition; who has none is not limited. Up to ``played`` users, plans
+        are played through the engine. ``watch`` is told before each round which framework and repetition it is.
 
         Raises:
             SimulationFailed: A framework predicts nothing or cannot plan in this scenario.
@@ -145,7 +150,7 @@ class Simulator:
             planner, step_tflop = self.planner(scenario, links(repetition))
             for framework in scenario.frameworks:
                 watch(framework, repetition)
-                found, plan, took = _plan(planner, framework, asked, scenario, repetition)
+                found, plan, took = _plan(planner, framework, asked, scenario, repetition=repetition, played=played)
                 seconds[framework] = {
                     part: seconds.get(framework, {}).get(part, 0.0) + value for part, value in took.items()
                 }
@@ -270,7 +275,13 @@ def _link(state: LinkState, watts: float) -> Link:
 
 
 def _plan(
-    planner: Planner, framework: str, asked: Sequence[messages.Request], scenario: Scenario, repetition: int
+    planner: Planner,
+    framework: str,
+    asked: Sequence[messages.Request],
+    scenario: Scenario,
+    *,
+    repetition: int,
+    played: int,
 ) -> tuple[Simulated, Plan, dict[str, float]]:
     order = messages.Round(
         round=f"{repetition}",
@@ -283,6 +294,8 @@ def _plan(
     try:
         plan, seconds = planner.plan(order, asked)
         start = time.perf_counter()
+        if len(asked) <= played or len(plan.predictions) < len(asked):
+            plan = planner.forecast(order, asked, plan, planning=0.0)
         found = simulate(plan, requests)
     except (Unpredicted, ValueError) as error:
         raise SimulationFailed(f"{framework} cannot be simulated in scenario {scenario.name}: {error}") from error

@@ -87,8 +87,20 @@ class Paper(Part, frozen=True, kw_only=True):
     note: str = ""
 
 
+class Budget(Part, frozen=True, kw_only=True):
+    """A question: what quality SemCT keeps within ``tflop``, if the best point of ``axis`` may be taken for each seed.
+
+    It is asked once for each of ``points``.
+    """
+
+    tflop: float
+    axis: str
+    points: Annotated[tuple[Point, ...], Meta(min_length=1)]
+
+
 class Comparison(Part, frozen=True, kw_only=True, tag_field="kind", tag="comparison"):
-    """A study of frameworks on a case. ``set`` changes the case; ``show`` are the measures of its figures."""
+    """A study of frameworks on a case. ``set`` changes the case; ``show`` are the measures of its figures, the last
+    that of its tables."""
 
     name: str
     description: str
@@ -97,6 +109,7 @@ class Comparison(Part, frozen=True, kw_only=True, tag_field="kind", tag="compari
     seeds: Count = 20
     show: tuple[Literal["quality", "latency_s", "energy_j", "tflop", "utility"], ...] = ("utility",)
     axes: tuple[str, ...] = ()
+    budget: Budget | None = None
     paper: Paper = Paper()
 
 
@@ -141,7 +154,8 @@ class Grid:
         self._path = case
         self._case: Case = load_part(case, Case, "case")
         self._raw: dict[str, Any] = yaml.safe_load(case.read_text(encoding="utf-8"))
-        unknown = [axis for axis in study.axes if axis not in self._case.axes]
+        wanted = [*study.axes, *([study.budget.axis] if study.budget else [])]
+        unknown = [axis for axis in wanted if axis not in self._case.axes]
         if unknown:
             raise BadScenario(f"case {case} has no axis {unknown[0]!r}; it has {', '.join(self._case.axes)}")
 
@@ -161,6 +175,16 @@ class Grid:
         for axis in self._study.axes:
             for point in self._case.axes[axis].points:
                 yield axis, point.label, self._moved(point.set)
+
+    def within(self, budget: Budget) -> Iterator[tuple[str, str, Case]]:
+        """Each point of a budget, with each of its axis, and SemCT alone: the two labels and the case."""
+        for point in budget.points:
+            for along in self._case.axes[budget.axis].points:
+                yield (
+                    point.label,
+                    along.label,
+                    self._moved({"scenario.frameworks": ["semct"], **point.set, **along.set}),
+                )
 
     def prompts(self, case: Case) -> tuple[str, ...]:
         """The personal prompts of a point."""
@@ -198,8 +222,7 @@ def run_comparison(
     requests = pl.DataFrame()
     for axis, label, case in grid.points():
         watch(f"{axis}: {label}" if axis != BASE else "the case as it stands")
-        links = simulator.links(case.links, case.scenario)
-        found = simulator.play(case.scenario, grid.prompts(case), links=links).requests
+        found = _simulated(grid, simulator, case)
         if axis == BASE:
             requests = found
         model = load_quality_model(case.scenario.planning.quality)
@@ -209,6 +232,48 @@ def run_comparison(
             .select("axis", "point", pl.all().exclude("axis", "point"))
         )
     return pl.concat(rounds), requests
+
+
+def run_budget(
+    grid: Grid, simulator: Simulator, budget: Budget, watch: Callable[[str], None] = lambda _: None
+) -> pl.DataFrame:
+    """For each point of a budget and seed, the plan of highest quality within it.
+
+    Returns:
+        Rows of ``per_round`` with ``point`` and ``along``, the point of the budget's axis that was best. A seed without
+        any plan within the budget has no row.
+    """
+    found = []
+    for point, along, case in grid.within(budget):
+        watch(f"within {budget.tflop:.0f} TFLOP: {point}, {along}")
+        model = load_quality_model(case.scenario.planning.quality)
+        rounds = per_round(_simulated(grid, simulator, case), model, tflop=budget.tflop)
+        found.append(rounds.with_columns(point=pl.lit(point), along=pl.lit(along)))
+    within = pl.concat(found).filter(pl.col("tflop") <= budget.tflop + 1e-6)
+    return within.sort("quality", descending=True).unique(("point", "repetition"), keep="first", maintain_order=True)
+
+
+def budget_averages(best: pl.DataFrame, points: Sequence[str]) -> pl.DataFrame:
+    """Per point of a budget: ``seeds`` with a plan, means of ``tflop``, ``shared_steps``, ``quality``, ``implied``.
+
+    ``margin`` is the mean of quality less the implied one, with ``margin_ci95``, and ``met`` the seeds where it is at
+    least 0.
+    """
+    found = []
+    for point in points:
+        own = best.filter(point=point)
+        margins = (own["quality"] - own["implied"]).to_numpy()
+        row: dict[str, Any] = {"point": point, "seeds": own.height, "met": int((margins >= 0).sum())}
+        row |= {m: own[m].mean() for m in ("tflop", "shared_steps", "quality", "implied")}
+        row["margin"], row["margin_ci95"] = _mean_and_half(margins)
+        found.append(row)
+    return pl.DataFrame(found)
+
+
+def _simulated(grid: Grid, simulator: Simulator, case: Case) -> pl.DataFrame:
+    links = simulator.links(case.links, case.scenario)
+    # By the closed forms alone: thousands of plans would take long to play through.
+    return simulator.play(case.scenario, grid.prompts(case), links=links, played=0).requests
 
 
 def per_round(

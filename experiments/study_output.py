@@ -21,16 +21,19 @@ from experiments.study import (
     BASE,
     ORDER,
     PUBLISHED,
+    Budget,
     Comparison,
     Curves,
     Grid,
     averages,
+    budget_averages,
     curve_table,
     find_study,
     leave,
     load_study,
     numbers,
     order_verdict,
+    run_budget,
     run_comparison,
     verdicts,
 )
@@ -52,17 +55,23 @@ def play(name: str, console: Console, *, seeds: int | None, runs: Path) -> Path:
         study = Comparison(**{f: getattr(study, f) for f in study.__struct_fields__} | {"seeds": seeds})
     grid = Grid(study, path.parent / study.case)
     with console.status("loading") as status:
-        rounds, requests = run_comparison(grid, Simulator(Encoder()), watch=status.update)
+        simulator = Simulator(Encoder())
+        rounds, requests = run_comparison(grid, simulator, watch=status.update)
+        best = run_budget(grid, simulator, study.budget, watch=status.update) if study.budget else None
     table, claims = averages(rounds), verdicts(rounds)
+    tables = {"frameworks": table, "claims": claims, "rounds": rounds, "requests": requests}
     console.print(base_table(study, table))
     for axis, title in grid.titles.items():
         along = overhead_table if study.show[-1] == "tflop" else utility_table
         console.print(along(axis, title, table, claims))
+    if study.budget and best is not None:
+        tables["budget"] = budget_averages(best, [point.label for point in study.budget.points])
+        console.print(budget_table(study.budget, tables["budget"]))
     if study.paper.note:
         console.print(f"The paper: {study.paper.note}.", highlight=False)
     figures = {"base": _bars(study, table), **({"axes": _panels(study, grid.titles, table)} if study.axes else {})}
     files = {f"{stem}.{kind}": _drawn(figure, kind) for stem, figure in figures.items() for kind in ("svg", "png")}
-    folder = leave(runs, study, {"frameworks": table, "claims": claims, "rounds": rounds, "requests": requests}, files)
+    folder = leave(runs, study, tables, files)
     console.print(f"tables and figures: {folder}", highlight=False, soft_wrap=True)
     return folder
 
@@ -133,6 +142,33 @@ def utility_table(axis: str, title: str, table: pl.DataFrame, claims: pl.DataFra
     return shown
 
 
+def budget_table(budget: Budget, table: pl.DataFrame) -> Table:
+    """What quality SemCT keeps within a budget, beside the one that equal sharing would have there."""
+    shown = Table(
+        box=SIMPLE_HEAD,
+        title=f"SemCT within {budget.tflop:.0f} TFLOPs: for each seed the plan of highest quality along {budget.axis}",
+        caption="Implied: the quality of the same clusters if all shared as many steps as spend the budget.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for title in ("", "TFLOPs", "shared steps", "quality", "implied", "margin", "seeds that reach it"):
+        shown.add_column(title, justify="right" if title else "left")
+    for row in table.iter_rows(named=True):
+        if row["seeds"]:
+            shown.add_row(
+                row["point"],
+                f"{row['tflop']:.0f}",
+                f"{row['shared_steps']:.2f}",
+                f"{row['quality']:.4f}",
+                f"{row['implied']:.4f}",
+                _with_half(row, "margin", 5),
+                f"{row['met']} of {row['seeds']}",
+            )
+        else:
+            shown.add_row(row["point"], *["-"] * 5, "0 of 0")
+    return shown
+
+
 def _begun(title: str, rows: pl.DataFrame) -> tuple[Table, dict[str, dict[str, dict[str, Any]]], list[str]]:
     """A table without columns but the first, its rows by point and framework, and the frameworks that it compares."""
     shown = Table(box=SIMPLE_HEAD, title=f"Along: {title}", title_justify="left")
@@ -177,8 +213,8 @@ def _bars(study: Comparison, table: pl.DataFrame) -> Figure:
             axes.barh(range(len(names)), rows[column], xerr=halves, color=[colour(i) for i in range(len(names))])
             if column == "tflop":
                 known = [(study.paper.tflop[n], i) for i, n in enumerate(names) if n in study.paper.tflop]
-                axes.scatter(*zip(*known, strict=True), color=INK, marker="D", s=14, label="paper", zorder=3)
-                axes.legend(loc="lower right")
+                axes.scatter([x for x, _ in known], [y for _, y in known], color=INK, marker="D", s=14, zorder=3)
+                axes.set_title("diamonds: the paper" if known else "")
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
             axes.set_xlabel(_MEASURES[column].label)

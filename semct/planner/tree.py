@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from semct.clustering import Dendrogram, medoid
-from semct.cost import Network, Outcome, Weights, device_only, utility
+from semct.cost import Floats, Network, Outcome, Outcomes, Users, Weights, device_only, utilities
 from semct.planner.shares import shares
 from semct.quality import QualityModel
 from semct.routes import Cluster, Plan, Prediction, Prompt, Request, blend, route
@@ -46,6 +47,7 @@ class PromptTree:
         self.children = [(m.left, m.right) for m in dendrogram.merges]
         self.closeness = [m.similarity for m in dendrogram.merges]
         self.members = [np.array([i]) for i in range(len(self.prompts))]
+        self._worded: dict[int, Prompt] = {}
         self.similarity: list[NDArray[np.float64]] = [np.ones(1) for _ in self.prompts]
         for left, right in self.children:
             below = np.concatenate([self.members[left], self.members[right]])
@@ -70,7 +72,9 @@ class PromptTree:
 
     def prompt(self, node: int) -> Prompt:
         """What the node's steps run with."""
-        return blend([self.prompts[i] for i in self.members[node]])
+        if node not in self._worded:
+            self._worded[node] = blend([self.prompts[i] for i in self.members[node]])
+        return self._worded[node]
 
 
 class Prices(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +134,15 @@ def lost(quality: QualityModel, similarity: NDArray[np.float64], steps: int) -> 
     return np.asarray(quality.quality(1.0, 0.0) - quality.quality(similarity[:, None], at[None, :]))
 
 
+def _lost_together(
+    tree: PromptTree, node: int, quality: QualityModel, steps: int, worth: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What k steps (T + 1,) cost the members of a node, for whom a lost unit of the score is ``worth`` (members,)."""
+    # Of thousands of requests many have the same prompt, and so the same curve.
+    phi, curve = np.unique(tree.similarity[node], return_inverse=True)
+    return np.asarray(np.bincount(curve, weights=worth) @ lost(quality, phi, steps))
+
+
 def allowed_stops(tree: PromptTree, quality: QualityModel, steps: int, most_shared: int) -> NDArray[np.bool_]:
     """Which stops (inner nodes, T + 1) a node may have.
 
@@ -138,7 +151,9 @@ def allowed_stops(tree: PromptTree, quality: QualityModel, steps: int, most_shar
     show the mean of two wishes: the curves, which know sentences, do not see what that costs.
     """
     inner = range(tree.leaves, len(tree.members))
-    falls = np.array([lost(quality, tree.similarity[v], steps).mean(axis=0) for v in inner]).reshape(-1, steps + 1)
+    means = [np.full(len(tree.members[v]), 1 / len(tree.members[v])) for v in inner]
+    falls = np.array([_lost_together(tree, v, quality, steps, m) for v, m in zip(inner, means, strict=True)])
+    falls = falls.reshape(-1, steps + 1)
     different = np.array([tree.similarity[v].min() < _EQUAL for v in inner], dtype=bool)
     bound = falls[-1, min(most_shared, steps)] if len(falls) else 0.0
     last = np.where(different, int(steps * (1 - _OWN)), steps)
@@ -156,7 +171,7 @@ def best_stops(tree: PromptTree, price: Prices, quality: QualityModel, most_shar
     for i, (left, right) in enumerate(tree.children):
         members = tree.members[tree.leaves + i]
         spent = at * price.shared(members)
-        spent += price.quality[members] @ lost(quality, tree.similarity[tree.leaves + i], steps)
+        spent += _lost_together(tree, tree.leaves + i, quality, steps, price.quality[members])
         below = least[left] + least[right]
         # The best stop from each start: a running minimum from the right, the earliest of equals.
         total = np.where(allowed[i], spent + below, np.inf)
@@ -237,15 +252,15 @@ def best_plan(
     most_shared: int,
 ) -> Plan:
     """The plan of highest predicted utility of those with the best stops, for several numbers of waiting requests."""
-    plans = []
+    found = []
     waiting = len(requests)
     while waiting:
         price = prices(requests, network=network, weights=weights, quality=quality, waiting=waiting)
         stops = best_stops(tree, price, quality, most_shared)
-        found = plan(requests, tree, stops, price.edge, model=model, network=network, weights=weights, quality=quality)
-        plans.append(found)
+        found.append(_tried(requests, tree, stops, price.edge, network=network, weights=weights, quality=quality))
         waiting //= 4
-    return max(plans, key=lambda p: sum(each.utility for each in p.predictions.values()))
+    best = max(found, key=lambda each: float(each.utility.sum()))
+    return _laid_out(requests, tree, best, model=model, edge=network.edge)
 
 
 def plan(
@@ -263,60 +278,106 @@ def plan(
 
     ``personal`` (n, T + 1) are each request's own steps on the edge, by its last shared step; the device does the rest.
     """
+    tried = _tried(requests, tree, stops, personal, network=network, weights=weights, quality=quality)
+    return _laid_out(requests, tree, tried, model=model, edge=network.edge)
+
+
+class _Tried(NamedTuple):
+    """What comes of stops: the clusters' shares, and of each request its own steps on the edge and what it gets."""
+
+    sharing: _Sharing
+    share: Floats
+    own: NDArray[np.int64]
+    outcomes: Outcomes
+    utility: Floats
+
+
+def _tried(
+    requests: Sequence[Request],
+    tree: PromptTree,
+    stops: NDArray[np.int64],
+    personal: NDArray[np.int64],
+    *,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+) -> _Tried:
     sharing, steps = _Sharing(tree, stops), requests[0].steps
     root, edge = len(tree.members) - 1, network.nodes[network.edge]
-    own = [int(personal[n, sharing.shared(n)]) for n in range(tree.leaves)]
-    alone = float(quality.quality(1.0, 0.0))
-    references = [device_only(network, r.device, steps, alone) for r in requests]
-    work = [sharing.work(g, root) + sum(own[n] for n in g) for g in sharing.groups.values()]
-    waiting = [sum(weights.latency / references[n].latency for n in g) for g in sharing.groups.values()]
-    share = shares(np.array(work) * edge.full_seconds, np.array(waiting))
-    clusters, routes, predictions = [], {}, {}
+    users = Users.of(network, [r.device for r in requests])
+    shared = np.array([sharing.shared(n) for n in range(tree.leaves)])
+    own = personal[np.arange(tree.leaves), shared]
+    references = users.alone(steps, np.full(tree.leaves, float(quality.quality(1.0, 0.0))))
+    groups = list(sharing.groups.values())
+    work = np.array([sharing.work(g, root) + int(own[g].sum()) for g in groups])
+    share = shares(
+        work * edge.full_seconds, np.array([float((weights.latency / references.latency[g]).sum()) for g in groups])
+    )
+    waiting = np.empty(tree.leaves)
+    for m, group in enumerate(groups):
+        waiting[group] = (sharing.trunk + work[m] / float(share[m])) * edge.full_seconds
+    part = [sum(run / len(tree.members[node]) for node, run in path) for path in sharing.paths]
+    left = steps - shared - own
+    outcomes = Outcomes(
+        quality=_expected_scores(tree, stops, quality, steps),
+        latency=users.asking_seconds()
+        + np.where(left < steps, waiting + users.latent_seconds(), 0.0)
+        + left * users.step_seconds
+        + users.decode_seconds,
+        energy=users.asking_joules()
+        + (np.array(part) + own) * edge.full_joules
+        + np.where(left < steps, users.latent_joules(), 0.0)
+        + left * users.step_joules
+        + users.decode_joules,
+    )
+    return _Tried(sharing, share, own, outcomes, utilities(outcomes, references, weights))
+
+
+def _laid_out(requests: Sequence[Request], tree: PromptTree, tried: _Tried, *, model: str, edge: str) -> Plan:
+    """The plan of stops that were tried."""
+    sharing, steps = tried.sharing, requests[0].steps
+    clusters, routes = [], {}
     for m, (head, group) in enumerate(sharing.groups.items()):
         public = tree.prompt(head)
         near = dict(zip(tree.members[head].tolist(), tree.similarity[head].tolist(), strict=True))
         # Who shares steps starts from one noise, or they would not be the same steps.
         seed = requests[0 if sharing.trunk else group[0]].seed
         for n in group:
-            request, path = requests[n], sharing.paths[n]
-            left = steps - sharing.shared(n) - own[n]
-            spans = [(network.edge, model, tree.prompt(node), run) for node, run in path]
-            spans += [(network.edge, model, request.prompt, own[n]), (request.device, model, request.prompt, left)]
+            request, path, own = requests[n], sharing.paths[n], int(tried.own[n])
+            spans = [(edge, model, tree.prompt(node), run) for node, run in path]
+            left = steps - sharing.shared(n) - own
+            spans += [(edge, model, request.prompt, own), (request.device, model, request.prompt, left)]
             routes[n] = route(msgspec.structs.replace(request, seed=seed) if path else request, *spans)
-            expected = outcome(
-                request,
-                network,
-                quality=_expected_score(tree, path, n, quality, steps),
-                waiting=(sharing.trunk + work[m] / float(share[m])) * edge.full_seconds,
-                part=sum(run / len(tree.members[node]) for node, run in path) + own[n],
-                left=left,
-            )
-            predictions[request.id] = Prediction(
-                quality=expected.quality,
-                latency=expected.latency,
-                energy=expected.energy,
-                utility=utility(expected, references[n], weights),
-            )
         clusters.append(
             Cluster(
                 members=tuple(requests[n].id for n in group),
                 public_prompt=public,
                 source="mean" if isinstance(public, tuple) else "member",
                 similarity=tuple(near[n] for n in group),
-                share=float(share[m]),
+                share=float(tried.share[m]),
             )
         )
-    ordered = tuple(routes[n] for n in range(tree.leaves))
-    return Plan(clusters=tuple(clusters), routes=ordered, predictions=predictions)
+    got = (tried.outcomes.quality, tried.outcomes.latency, tried.outcomes.energy, tried.utility)
+    predictions = {
+        r.id: Prediction(quality=q, latency=t, energy=e, utility=u)
+        for r, q, t, e, u in zip(requests, *(column.tolist() for column in got), strict=True)
+    }
+    return Plan(clusters=tuple(clusters), routes=tuple(routes[n] for n in range(tree.leaves)), predictions=predictions)
 
 
-def _expected_score(
-    tree: PromptTree, path: Sequence[tuple[int, int]], request: int, quality: QualityModel, steps: int
-) -> float:
-    """The score of a request that goes through these nodes, so many steps each."""
-    phi = [float(tree.similarity[node][tree.members[node] == request][0]) for node, _ in path]
-    stops = np.cumsum([run for _, run in path]) * (quality.steps / steps)
-    return float(quality.quality_of_segments(phi, stops) if path else quality.quality(1.0, 0.0))
+def _expected_scores(
+    tree: PromptTree, stops: NDArray[np.int64], quality: QualityModel, steps: int
+) -> NDArray[np.float64]:
+    """The score (n,) of each request: the best, less what each node above it loses between its start and its stop."""
+    score = np.full(tree.leaves, float(quality.quality(1.0, 0.0)))
+    scale = quality.steps / steps
+    for node in range(tree.leaves, len(tree.members)):
+        start = 0 if node == len(tree.members) - 1 else int(stops[tree.parent[node]])
+        if stops[node] > start:
+            phi, curve = np.unique(tree.similarity[node], return_inverse=True)
+            fall = quality.quality(phi, start * scale) - quality.quality(phi, stops[node] * scale)
+            score[tree.members[node]] -= fall[curve]
+    return score
 
 
 def outcome(request: Request, network: Network, *, quality: float, waiting: float, part: float, left: int) -> Outcome:
