@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 import torch
 
@@ -128,6 +129,12 @@ class _Way:
     begun: bool = False
 
 
+def _legs(route: Route, spared: int) -> list[_Leg]:
+    """The legs of a route that are left where its first steps are there already."""
+    left = [msgspec.structs.replace(s, start=max(s.start, spared)) for s in route.segments if s.stop > spared]
+    return [_Leg(node, tuple(segments)) for node, segments in groupby(left, key=lambda s: s.node)]
+
+
 class _NoModel:
     """Stands where the engine has a denoiser, and computes nothing."""
 
@@ -193,8 +200,9 @@ class _Play:
         self._shares = {m: (i, c.share) for i, c in enumerate(plan.clusters) for m in c.members}
         self._nodes = {name: _Node(network.nodes[name], models) for name in visited}
         self._ways = [
-            _Way(r, devices[r.request], [_Leg(n, tuple(s)) for n, s in groupby(r.segments, key=lambda s: s.node)])
+            _Way(r, devices[r.request], _legs(r, spared), begun=spared > 0)
             for r in plan.routes
+            for spared in (plan.spared.get(r.request, 0),)
         ]
         self._free: dict[tuple[str, str], float] = {}
         self._found: dict[str, tuple[float, float]] = {}

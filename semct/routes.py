@@ -92,7 +92,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     ``predictions`` are the framework's; a testbed replaces all but the quality by its own (``semct.forecast``).
     ``gap`` is how much a user's utility may fall short of the best on average, where the planner has proven that.
-    ``caching`` says that the edge looks their first segments up in the framework's cache, and keeps them there.
+    ``caching`` says that the edge looks their first segments up in the framework's cache, and keeps them there;
+    ``spared`` are the steps of requests, from the first, that earlier batches leave there.
     """
 
     clusters: tuple[Cluster, ...]
@@ -100,6 +101,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     predictions: dict[str, Prediction] = {}
     gap: float | None = None
     caching: bool = False
+    spared: dict[str, int] = {}
 
     def share(self, request: str) -> float:
         """The compute share of the request's cluster (1 where it belongs to none)."""
@@ -127,6 +129,7 @@ def merged(plans: Sequence[Plan]) -> Plan:
         predictions={request: found for p in plans for request, found in p.predictions.items()},
         gap=max(gaps) if gaps and len(gaps) == len(plans) else None,
         caching=any(p.caching for p in plans),
+        spared={request: steps for p in plans for request, steps in p.spared.items()},
     )
 
 

@@ -25,6 +25,7 @@ from semct.routes import Cluster, Plan, Prediction, Prompt, Request, Route, blen
 
 _NEIGHBOURS = (0, 1, 2, 4)  # recent prompts that a new public prompt may take in
 _FORESEEN = 16  # recent prompts, the most similar ones, that stand for requests to come
+_SAME = 1e-9  # of utility: no difference
 _HOPE = 0.5  # of those like them, so many are expected
 
 
@@ -78,7 +79,7 @@ def plan(
         arrival = _Arrival(request, vector, price, cache, quality, model)
         new = arrival.foreseeing(most_shared) if foresee else arrival.own(most_shared)
         best = min((o for o in (arrival.join(most_shared), new) if o is not None), key=lambda o: o.cost, default=None)
-        if foresee and best is not None and best.cost >= price.rest[0, 0]:
+        if foresee and best is not None and best.cost > price.rest[0, 0] + _SAME:
             best = None
         if best is None:
             cache.miss()
@@ -148,9 +149,12 @@ class _Arrival:
             paid = price.quality[0] * lost(self.quality, phi, request.steps) + price.rest[0]
             saved = np.maximum(served[:, None] - np.minimum.accumulate(paid[1:], axis=1), 0).sum(axis=0)
             worth = (paid[0] + np.arange(request.steps + 1) * price.step[0] - _HOPE * saved)[1 : longest + 1]
-            if best is None or worth.min() < best.cost - 1e-12:
+            least = float(worth.min())
+            if best is None or least < best.cost - _SAME:
                 prompt = blend([request.prompt, *(p for p, _ in near[:count])])
-                best = self._new(prompt, mean, float(phi[0]), int(worth.argmin()) + 1, float(worth.min()))
+                # Of equally good lengths the longest: steps that cost nothing more may still serve somebody.
+                shared = int(np.flatnonzero(worth <= least + _SAME)[-1]) + 1
+                best = self._new(prompt, mean, float(phi[0]), shared, least)
         return best
 
     def _new(self, prompt: Prompt, vector: NDArray[np.float32], similarity: float, shared: int, cost: float) -> _Start:
@@ -232,5 +236,11 @@ def _routes(
                 share=float(share[m]),
             )
         )
-    ordered = tuple(routes[n] for n in range(len(requests)))
-    return Plan(clusters=tuple(clusters), routes=ordered, predictions=predictions, caching=True)
+    new = {s.prefix for s in starts if s and not s.known}
+    return Plan(
+        clusters=tuple(clusters),
+        routes=tuple(routes[n] for n in range(len(requests))),
+        predictions=predictions,
+        caching=True,
+        spared={r.id: s.shared - s.fresh for r, s in zip(requests, starts, strict=True) if s and s.prefix not in new},
+    )

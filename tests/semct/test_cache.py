@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from semct.cache import STRIDE, CacheSettings, LatentCache, Policy, Prefix
 from semct.compute import Native
+from semct.cost import Link, Network, NodeState, Weights
 from semct.diffusion import Denoiser
 from semct.engine import Done, Engine, Job
-from semct.routes import Request, route
+from semct.planner import online
+from semct.prompts import load_sentence_encoder
+from semct.quality import load_quality_model
+from semct.routes import Plan, Request, route
 
 STEPS = 12
 VECTOR = np.ones(3, np.float32)
@@ -160,3 +164,72 @@ def test_what_was_evicted_is_computed_again(serve: Callable[..., dict[str, Done]
 def test_without_a_cache_nothing_is_kept(serve: Callable[..., dict[str, Done]]) -> None:
     serve(("first", "a cat", 8), cache=None)
     assert serve(("second", "a cat", 8), cache=None)["second"].steps == STEPS
+
+
+def asked(*prompts: str, seed: int = 7) -> tuple[tuple[Request, ...], np.ndarray]:
+    found = tuple(Request(id=p, device="d", prompt=p, seed=seed, steps=28) for p in prompts)
+    return found, load_sentence_encoder().embed(prompts)
+
+
+def planned(cache: LatentCache, *prompts: str, foresee: bool, quality: float = 0.6) -> Plan:
+    """What an idle edge plans for these requests, which come together."""
+    requests, vectors = asked(*prompts)
+    phone = NodeState(step_seconds=0.6, step_joules=150.0, decode_seconds=0.3, decode_joules=70.0)
+    return online.plan(
+        requests,
+        vectors,
+        cache,
+        model="m",
+        network=Network(
+            edge="edge",
+            nodes={"edge": NodeState(step_seconds=0.05, step_joules=20.0), "d": phone},
+            uplinks={"d": Link()},
+            downlinks={"d": Link()},
+            latent_bytes=1000,
+        ),
+        weights=Weights(quality=quality, latency=(1 - quality) / 2, energy=(1 - quality) / 2),
+        quality=load_quality_model("embedded"),
+        most_shared=13,
+        foresee=foresee,
+    )
+
+
+@pytest.mark.parametrize("foresee", [False, True])
+def test_a_later_request_joins_what_is_like_it(foresee: bool) -> None:
+    cache = holding(99)
+    first = planned(cache, "a white cat in the snow", foresee=foresee)
+    assert first.spared == {}
+    assert cache.counts.misses == 1
+    (cluster,) = planned(cache, "a grey cat in the snow", foresee=foresee).clusters
+    assert cluster.source == "cache"
+    assert cluster.public_prompt == "a white cat in the snow"
+    later = planned(cache, "a white cat in the snow", foresee=foresee)
+    assert later.spared["a white cat in the snow"] == 13
+    # Under another prompt no more than is allowed.
+    other = planned(cache, "a brown cat in the snow", foresee=foresee)
+    assert other.spared["a brown cat in the snow"] <= 13
+    assert cache.counts.hits == 3
+
+
+def test_a_new_public_prompt_has_recent_ones_in_mind() -> None:
+    cache = holding(99)
+    wishes = ["a bus at night", "a tractor at night", "a red car at night", "a train at night"]
+    for wish, vector in zip(wishes[1:], load_sentence_encoder().embed(wishes[1:]), strict=True):
+        cache.recent.append((wish, vector))
+    (cluster,) = planned(cache, wishes[0], foresee=True).clusters
+    assert cluster.source == "mean"
+    assert wishes[0] in cluster.public_prompt
+    assert set(cluster.public_prompt) <= set(wishes)
+    alone = planned(holding(99), wishes[0], foresee=True)
+    assert {s.prompt for s in alone.routes[0].segments} == {wishes[0]}
+
+
+def test_who_comes_to_a_busy_edge_leaves_more_to_the_device() -> None:
+    idle, busy = holding(99), holding(99)
+    for _ in range(40):
+        busy.begin()
+    steps = [
+        sum(s.stop - s.start for s in planned(c, "a cat", foresee=True).routes[0].segments if s.node == "edge")
+        for c in (idle, busy)
+    ]
+    assert steps[0] > steps[1]

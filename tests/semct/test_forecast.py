@@ -87,3 +87,12 @@ def test_rows_of_a_call_share_its_fixed_time() -> None:
     found = forecast(plan, REQUESTS, network=network, weights=Weights(), quality=QUALITY)
     assert {round(p.latency, 6) for p in found.values()} == {round(ASKING + 10 * 0.11 + LATENT_DOWN + 0.25, 6)}
     assert {round(p.energy, 6) for p in found.values()} == {round(0.2 + 10 * 5.5 + 0.5 + 3, 6)}
+
+
+@pytest.mark.parametrize(("spared", "left"), [(0, 6 + 2), (4, 2 + 2), (6, 2), (8, 0)])
+def test_steps_that_earlier_batches_left_are_not_run_again(spared: int, left: int) -> None:
+    way = walk(1, ("edge", "public", 6), ("edge", ".", 2), ("d1", ".", 2))
+    plan = Plan(clusters=(), routes=(way,), caching=True, spared={"r1": spared})
+    found = forecast(plan, REQUESTS[:1], network=NETWORK, weights=Weights(), quality=QUALITY)["r1"]
+    assert found.latency == pytest.approx(ASKING + left * 0.1 + LATENT_DOWN + 2 * 0.5 + 0.25)
+    assert found.quality == pytest.approx(float(QUALITY.quality(1.0, 6 * QUALITY.steps / 10)))
