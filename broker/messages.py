@@ -128,10 +128,26 @@ class Birth(Message, frozen=True, kw_only=True):
     protocol: int = PROTOCOL
 
 
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a link: payload bits per second (none: no limit), one-way delay, and the sender's watts."""
+
+    rate: Annotated[float, Meta(gt=0)] | None = None
+    delay: Amount = 0.0
+    watts: Amount = 0.0
+
+
+class LinkNow(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's link as a base station would know it: ``up`` is what the node sends."""
+
+    up: Way = Way()
+    down: Way = Way()
+
+
 class Round(Message, frozen=True, kw_only=True):
     """Runner to edge: plan the coming requests of this round with this framework.
 
-    The edge waits for ``requests`` of them, at most ``window`` seconds after the first.
+    The edge waits for ``requests`` of them, at most ``window`` seconds after the first. ``links`` are those of the
+    nodes when the round begins; a node that is not named has none that limits it.
     """
 
     round: Identifier
@@ -139,6 +155,7 @@ class Round(Message, frozen=True, kw_only=True):
     seed: Seed
     requests: Annotated[int, Meta(ge=1, le=10000)]
     window: Annotated[float, Meta(gt=0, le=3600)]
+    links: dict[Name, LinkNow] = {}
 
 
 class Ask(Message, frozen=True, kw_only=True):

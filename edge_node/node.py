@@ -14,7 +14,7 @@ import msgspec
 from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
-from edge_node.planning import NodeLinks, Planner
+from edge_node.planning import Planner
 from node.serving import Deliveries, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
@@ -44,7 +44,6 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
     quality: str = "embedded"
     writer: str = "smollm2"
     cache: CacheSettings = CacheSettings()
-    links: dict[str, NodeLinks] = msgspec.field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -26,7 +28,10 @@ class NodeLinks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planner:
-    """Holds what planning needs, and plans a round with the framework that it names."""
+    """Holds what planning needs, and plans a round with the framework that it names.
+
+    ``links`` are those of nodes whose links the rounds do not tell.
+    """
 
     def __init__(
         self,
@@ -34,7 +39,7 @@ class Planner:
         edge: str,
         compute: messages.Compute,
         latent_bytes: int,
-        links: Mapping[str, NodeLinks],
+        links: Mapping[str, NodeLinks] = MappingProxyType({}),
         weights: Weights,
         clusters: Number,
         most_shared: int,
@@ -113,7 +118,8 @@ class Planner:
             if r.device not in self._nodes:
                 raise ValueError(f"device {r.device} asks for a picture but has not announced how it computes")
         here = [name for name, node in self._nodes.items() if node.kind != "device" and name != self._edge]
-        linked = {n: self._links.get(n, NodeLinks()) for n in (*here, *(r.device for r in requests))}
+        known = {**self._links, **{name: _links(now) for name, now in order.links.items()}}
+        linked = {n: known.get(n, NodeLinks()) for n in (*here, *(r.device for r in requests))}
         return frameworks.Batch(
             requests=requests,
             network=Network(
@@ -141,6 +147,13 @@ class Planner:
         unknown = {node for r in plan.routes for node in r.nodes} - set(self._nodes)
         if unknown:
             raise ValueError(f"its plan leads over {', '.join(sorted(unknown))}, which nobody knows")
+
+
+def _links(now: messages.LinkNow) -> NodeLinks:
+    def link(way: messages.Way) -> Link:
+        return Link(rate=math.inf if way.rate is None else way.rate, delay=way.delay, watts=way.watts)
+
+    return NodeLinks(up=link(now.up), down=link(now.down))
 
 
 def _state(kind: Kind, compute: messages.Compute) -> NodeState:

@@ -58,7 +58,6 @@ def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
         edge=settings.name,
         compute=worker.compute,
         latent_bytes=worker.latent_bytes,
-        links=settings.links,
         weights=settings.weights,
         most_shared=settings.most_shared,
         clusters=settings.clusters,

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
@@ -17,6 +17,9 @@ from broker.session import BrokerRefused, BrokerUnreachable, Undelivered
 from experiments.places import PlaceFailed
 from experiments.scenario import FOLDER, BadScenario, load_scenario, schema
 from netem.hosts import NamespaceError, enter_hub
+
+if TYPE_CHECKING:
+    from experiments.links import Replay, Set, Show
 
 # What runs the method is imported where it is used: importing it starts threads, and the hub has to be entered
 # before there are any; and `--help` answers at once.
@@ -236,6 +239,67 @@ def print_schema() -> None:
 
 
 @app.command()
+def doctor() -> None:
+    """Tell what this machine can do for a testbed, and how to get what is missing."""
+    from experiments.doctor import examine, render  # noqa: PLC0415
+
+    console = Console()
+    with console.status("looking around"):
+        findings = list(examine())
+    console.print(render(findings))
+    if any(f.verdict == "no" for f in findings):
+        sys.exit(1)
+
+
+links = typer.Typer(help="Look at the links of a running testbed, and change them by hand.", no_args_is_help=True)
+app.add_typer(links, name="link")
+
+_Node = Annotated[str, typer.Argument(help="A node of the testbed, such as device-3.")]
+_Run = Annotated[Path | None, typer.Option(help="The run folder of the testbed; by default the newest that runs.")]
+_Runs = Annotated[Path, typer.Option(help="Where run folders are.")]
+
+
+@links.command("show")
+def show_links(run: _Run = None, runs: _Runs = Path("runs")) -> None:
+    """Show every link: what was asked for, what shapes it, and what is measured now."""
+    from experiments.links import Show  # noqa: PLC0415
+
+    _ask_links(Show(), run, runs)
+
+
+@links.command("set")
+def set_link(
+    node: _Node,
+    up: Annotated[str | None, typer.Option(help="What it sends, such as 'rate 2mbit delay 50ms loss 1%'.")] = None,
+    down: Annotated[str | None, typer.Option(help="What the node receives, in the same words.")] = None,
+    run: _Run = None,
+    runs: _Runs = Path("runs"),
+) -> None:
+    """Change a link by hand, whatever the scenario says; with neither --up nor --down it is the scenario's again."""
+    from experiments.links import Set, parse_change  # noqa: PLC0415
+    from netem.link import BadLink  # noqa: PLC0415
+
+    try:
+        question = Set(node=node, up=parse_change(up) if up else None, down=parse_change(down) if down else None)
+    except BadLink as error:
+        _give_up(error)
+    _ask_links(question, run, runs)
+
+
+@links.command("replay")
+def replay_link(
+    node: _Node,
+    trace: Annotated[Path, typer.Argument(help="A CSV trace; see docs/channels.md.")],
+    run: _Run = None,
+    runs: _Runs = Path("runs"),
+) -> None:
+    """Let a link follow a trace from now on, for the rest of the round."""
+    from experiments.links import Replay  # noqa: PLC0415
+
+    _ask_links(Replay(node=node, trace=str(trace.resolve())), run, runs)
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
     """Write the report of a run again."""
     from experiments.record import NotARun  # noqa: PLC0415
@@ -271,6 +335,19 @@ def _show(console: Console, folder: Path) -> None:
         console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
     except (NotARun, Unwritable) as error:
         typer.echo(f"semct: {error}", err=True)
+
+
+def _ask_links(question: Show | Set | Replay, run: Path | None, runs: Path) -> None:
+    """Put a question to a running testbed, and print what comes back."""
+    from experiments.links import ask, newest_running, render  # noqa: PLC0415
+
+    try:
+        answer = ask(run or newest_running(runs), question)
+    except PlaceFailed as error:
+        _give_up(error)
+    if answer.error:
+        _give_up(ValueError(answer.error))
+    Console().print(render(answer.links))
 
 
 def _give_up(error: BaseException) -> NoReturn:

@@ -1,9 +1,9 @@
 """What a run leaves: one folder that is readable at any moment, also of a run that failed half-way.
 
 ``runs/<utc>-<scenario>-<id>/`` holds ``run.json`` (how the run stands and what it ran on), ``scenario.yaml``,
-``events.jsonl`` (a journal, one line as it happens), ``requests.parquet``, ``nodes.parquet`` and
-``links.parquet`` (the rows, written when the folder closes), ``summary.csv``, ``images/`` and ``logs/``. Rows
-stand in the journal too, so that a run whose process was killed loses none of them.
+``events.jsonl`` (a journal, one line as it happens), ``requests.parquet``, ``nodes.parquet``, ``links.parquet``
+and ``transfers.parquet`` (the rows, written when the folder closes), ``summary.csv``, ``images/`` and ``logs/``.
+Rows stand in the journal too, so that a run whose process was killed loses none of them.
 """
 
 from __future__ import annotations
@@ -133,13 +133,26 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's link, as asked for and as measured: rates in bit/s, one-way delays in seconds.
+    """A node's link in one round: as asked for when the round began, as read back from what shaped it, as measured.
 
-    ``implementation`` says what shaped it; on an unshaped link nothing was asked for.
+    ``up`` is what the node sends, ``down`` what it receives. ``requested_up`` and the like are whole states in
+    words; rates are bit/s, delays one-way seconds (without the jitter), all of the emulated world. ``changes``
+    counts those within the round. Measured are the median goodput of large transfers, headers not counted, and
+    the median of the time that small messages took over the whole way; null where there was none. What follows
+    is known of userspace links only: packets lost as asked and packets dropped by a full queue in the round, and
+    how late the 99th percentile of the run's packets left so far, in wall seconds: large where the machine was
+    too slow for its links.
     """
 
-    device: str
+    round: str
+    framework: str
+    node: str
     implementation: str
+    changes: int = 0
+    requested_up: str = ""
+    requested_down: str = ""
+    applied_up: str = ""
+    applied_down: str = ""
     requested_up_rate_bps: float | None = None
     requested_up_delay_s: float | None = None
     requested_down_rate_bps: float | None = None
@@ -148,14 +161,42 @@ class LinkRow(msgspec.Struct, frozen=True, kw_only=True):
     measured_up_delay_s: float | None = None
     measured_down_rate_bps: float | None = None
     measured_down_delay_s: float | None = None
+    up_lost: int | None = None
+    up_dropped: int | None = None
+    up_late_s: float | None = None
+    down_lost: int | None = None
+    down_dropped: int | None = None
+    down_late_s: float | None = None
 
 
-Row = RequestRow | NodeRow | LinkRow
+class TransferRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a request on its way between two nodes, beside what the links on it were asked to give.
+
+    ``seconds`` are from handing it to the sender's session to its arrival, of the emulated world; ``size`` its
+    payload in bytes. ``limit_bps`` is the lowest rate of the links on the way and ``delay_s`` the sum of their
+    delays when it was sent; null where nothing limits them.
+    """
+
+    round: str
+    framework: str
+    request: str
+    sender: str
+    receiver: str
+    sent: float
+    size: int
+    seconds: float
+    goodput_bps: float
+    limit_bps: float | None = None
+    delay_s: float | None = None
+
+
+Row = RequestRow | NodeRow | LinkRow | TransferRow
 
 _TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "requests": (RequestRow, ("round", "framework", "request")),
     "nodes": (NodeRow, ("round", "framework", "node")),
-    "links": (LinkRow, ("device",)),
+    "links": (LinkRow, ("round", "framework", "node")),
+    "transfers": (TransferRow, ("round", "framework", "request", "sent")),
 }
 """Each table's row type, and the fields that tell its rows apart."""
 
@@ -371,6 +412,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     requests: pl.DataFrame
     nodes: pl.DataFrame
     links: pl.DataFrame
+    transfers: pl.DataFrame
     events: pl.DataFrame
 
 
@@ -496,7 +538,7 @@ def _hardware() -> Hardware:
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=tuple(_gpus()),
+        gpus=tuple(gpus()),
     )
 
 
@@ -509,7 +551,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpus() -> Iterator[str]:
+def gpus() -> Iterator[str]:
     """NVIDIA's driver names its GPUs here, without a CUDA context or a child process."""
     with suppress(OSError):
         for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):

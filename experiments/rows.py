@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, get_args
 
 import msgspec
 
 from broker.messages import Compute, Spent, Stage
-from experiments.record import NodeRow, RequestRow
+from experiments.links import LinkControl
+from experiments.record import LinkRow, NodeRow, RequestRow, TransferRow
 from experiments.scenario import Scenario
 from experiments.served import Served
+from netem.control import Counters
+from netem.link import Link
 from semct.cost import Kind, Network, NodeState, Outcome, Weights, device_only, utility
 from semct.routes import Plan, wording
+
+_LARGE = 100_000  # bytes from which a transfer's time is the rate's rather than the delay's
+_SMALL = 1400  # bytes that one packet carries, about
 
 
 def request_rows(
@@ -82,6 +89,106 @@ def _cached(spent: Spent | None) -> dict[str, Any]:
         "cache_steps_saved": c.steps_saved,
         "cache_evictions": c.evictions,
         "cache_mb": c.bytes / 1e6,
+    }
+
+
+def transfer_rows(served: Served, links: Callable[[str, float], Link | None], *, slowdown: float) -> list[TransferRow]:
+    """A row for every message that carried a request, from a node to another.
+
+    ``links`` gives a node's link at a time of the epoch, none where it has none.
+    """
+    found = []
+    for request, result in served.results.items():
+        for stage in result.stages:
+            if stage.name != "transfer":
+                continue
+            receiver = stage.to or served.devices[request]
+            here, there = links(stage.node, stage.start), links(receiver, stage.start)
+            ways = [*([here.up] if here else []), *([there.down] if there else [])]
+            seconds = (stage.stop - stage.start) / slowdown
+            found.append(
+                TransferRow(
+                    round=served.round,
+                    framework=served.framework,
+                    request=request,
+                    sender=stage.node,
+                    receiver=receiver,
+                    sent=stage.start,
+                    size=stage.size,
+                    seconds=seconds,
+                    goodput_bps=8 * stage.size / seconds if seconds > 0 else 0.0,
+                    limit_bps=min((float(way.rate) for way in ways if way.rate is not None), default=None),
+                    delay_s=float(sum(way.delay for way in ways)) if ways else None,
+                )
+            )
+    return found
+
+
+def link_rows(
+    served: Served,
+    control: LinkControl,
+    transfers: Sequence[TransferRow],
+    *,
+    shaped_by: str,
+    applied: Mapping[str, Link],
+    counted: Mapping[str, tuple[Counters, Counters]],
+) -> list[LinkRow]:
+    """A row for every link of a round.
+
+    ``applied`` is what was read back when it began, ``counted`` what had been counted when it began and ended.
+    """
+    found = []
+    for node in control.nodes:
+        asked, now = control.start(node), applied.get(node)
+        found.append(
+            LinkRow(
+                round=served.round,
+                framework=served.framework,
+                node=node,
+                implementation=shaped_by,
+                changes=control.changes(node),
+                requested_up=str(asked.up),
+                requested_down=str(asked.down),
+                applied_up=str(now.up) if now else "",
+                applied_down=str(now.down) if now else "",
+                requested_up_rate_bps=_number(asked.up.rate),
+                requested_up_delay_s=_number(asked.up.delay),
+                requested_down_rate_bps=_number(asked.down.rate),
+                requested_down_delay_s=_number(asked.down.delay),
+                **_measured("up", [t for t in transfers if t.sender == node]),
+                **_measured("down", [t for t in transfers if t.receiver == node]),
+                **_counted(counted.get(node)),
+            )
+        )
+    return found
+
+
+def _counted(counters: tuple[Counters, Counters] | None) -> dict[str, Any]:
+    if counters is None:
+        return {}
+    before, after = counters
+    return {
+        "up_lost": after.up.lost - before.up.lost,
+        "up_dropped": after.up.dropped - before.up.dropped,
+        "up_late_s": after.up.late.p99,
+        "down_lost": after.down.lost - before.down.lost,
+        "down_dropped": after.down.dropped - before.down.dropped,
+        "down_late_s": after.down.late.p99,
+    }
+
+
+def _number(quantity: float | None) -> float | None:
+    """A rate or time without its unit."""
+    return None if quantity is None else float(quantity)
+
+
+def _measured(way: str, transfers: Sequence[TransferRow]) -> dict[str, Any]:
+    """The median goodput of large messages, without the delay, and the median time of small ones."""
+    large = [8 * t.size / max(t.seconds - (t.delay_s or 0.0), 1e-6) for t in transfers if t.size >= _LARGE]
+    small = [t.seconds for t in transfers if t.size <= _SMALL]
+    return {
+        f"measured_{way}_rate_bps": median(large) if large else None,
+        f"measured_{way}_delay_s": median(small) if small else None,
     }
 
 

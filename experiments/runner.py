@@ -16,18 +16,21 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from broker.messages import AnyMessage, Ask, Birth, Close, Picture, Planned, Result, Round, Spent
+from broker.messages import AnyMessage, Ask, Birth, Close, LinkNow, Picture, Planned, Result, Round, Spent
 from broker.session import Session
 from broker.topics import Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments import rows
+from experiments.links import LinkControl, courses
 from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
-from experiments.record import LinkRow, RequestRow, RunFolder
+from experiments.record import RequestRow, RunFolder
 from experiments.scenario import Edge, Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
+from netem.choice import choose
+from netem.course import Setting
 from semct import frameworks
 from semct.cache import CacheSettings
 from semct.compute import check_names
@@ -87,8 +90,8 @@ class Runner:
             late = f"{', '.join(sorted(missing()))} did not announce themselves within {_START:g} s"
             raise RunFailed(ended[0] if ended else late)
 
-    async def serve(self, framework: str, repetition: int, watcher: Watcher) -> Served:
-        """One round: every user asks, and has an outcome at the end of it."""
+    async def serve(self, framework: str, repetition: int, watcher: Watcher, *, links: Mapping[str, LinkNow]) -> Served:
+        """One round: every user asks, and has an outcome at the end of it. ``links`` is what the edge is told."""
         scenario = self._scenario
         name = f"{framework}-{repetition}"
         devices = {f"{name}-{d}": d for d in self.devices}
@@ -100,7 +103,7 @@ class Runner:
             prompts=dict(zip(devices, drawn_prompts(self._scenario, self._prompts, repetition), strict=True)),
             devices=devices,
         )
-        await self._ask(served)
+        await self._ask(served, links)
 
         def settled() -> bool:
             watcher.answered(framework, len(served.results), len(devices))
@@ -122,7 +125,7 @@ class Runner:
         await self._tell(nodes, Close())
         await self._wait(lambda: all(self._births[n].state != "ready" for n in nodes), _FAREWELL)
 
-    async def _ask(self, served: Served) -> None:
+    async def _ask(self, served: Served, links: Mapping[str, LinkNow]) -> None:
         scenario, topics = self._scenario, self._session.topics
         order = Round(
             round=served.round,
@@ -130,6 +133,7 @@ class Runner:
             seed=served.seed,
             requests=len(served.prompts),
             window=min(scenario.window * scenario.slowdown, _LONGEST_WINDOW),
+            links=dict(links),
         )
         await self._session.publish(topics.inbox(EDGE, "control"), order)
         began = time.time()
@@ -218,10 +222,13 @@ async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: 
             edge=edge_settings(scenario),
             helpers=helpers,
             devices=device_settings(scenario),
+            links=choose(scenario.links.shaped_by if scenario.shapes_links else "none", seed=scenario.seed),
+            congestion=scenario.links.congestion,
             implementation=scenario.broker.implementation,
             logs=folder.logs,
         )
-        async with place:
+        control = LinkControl(place, slowdown=scenario.slowdown, journal=folder.event)
+        async with place, control.served(folder.path):
             watcher.note("the broker and all nodes have started")
             folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
             subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
@@ -229,7 +236,8 @@ async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: 
                 place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions
             ) as session:
                 runner = Runner(scenario, prompts, session, place)
-                await _beside(_rounds(scenario, runner, place, folder, watcher), runner.listen(), place.watch())
+                rounds = _rounds(scenario, runner, place, control, beside=beside, folder=folder, watcher=watcher)
+                await _beside(rounds, runner.listen(), place.watch())
 
 
 def _cancel(task: asyncio.Task[Any] | None) -> None:
@@ -254,20 +262,28 @@ def _first(error: BaseException) -> BaseException:
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunFolder, watcher: Watcher) -> None:
+async def _rounds(
+    scenario: Scenario,
+    runner: Runner,
+    place: Place,
+    control: LinkControl,
+    *,
+    beside: Path,
+    folder: RunFolder,
+    watcher: Watcher,
+) -> None:
     scorer = await asyncio.to_thread(load_scorer, scenario.scorer)
     await runner.all_ready()
     computes = {name: birth.compute for name, birth in runner.births.items() if birth.compute is not None}
     profiles = {name: compute.profile for name, compute in computes.items()}
     folder.update(profiles=profiles, compute=_pace(set(profiles.values())))
-    for device in runner.devices:
-        folder.add(LinkRow(device=device, implementation=place.described.links))
     watcher.note(f"all {len(profiles)} nodes are ready")
     alone = load_quality_model(scenario.planning.quality).quality(1.0, 0.0)
     references = rows.predicted_references(
         {d: computes[d] for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
     )
     kinds = {name: birth.role for name, birth in runner.births.items()}
+    settings = link_settings(scenario)
     unanswered: dict[str, str] = {}
     total = scenario.repetitions * len(scenario.frameworks)
     for repetition in range(scenario.repetitions):
@@ -275,8 +291,22 @@ async def _rounds(scenario: Scenario, runner: Runner, place: Place, folder: RunF
         for done, framework in enumerate(scenario.frameworks, repetition * len(scenario.frameworks)):
             watcher.rounds(done, total)
             folder.event("round", framework=framework, repetition=repetition)
-            served = await runner.serve(framework, repetition, watcher)
-            found += await _keep(served, scenario, scorer, place, folder, kinds=kinds)
+            async with control.played(courses(settings, scenario.seed + repetition, beside)):
+                applied, before = await control.applied(), await control.counted()
+                served = await runner.serve(framework, repetition, watcher, links=control.told(scenario.radio))
+                found += await _keep(served, scenario, scorer, place, folder, kinds=kinds)
+                for transfer in (transfers := rows.transfer_rows(served, control.during, slowdown=scenario.slowdown)):
+                    folder.add(transfer)
+                after = await control.counted()
+                for link in rows.link_rows(
+                    served,
+                    control,
+                    transfers,
+                    shaped_by=place.described.links,
+                    applied=applied,
+                    counted={node: (before[node], after[node]) for node in before.keys() & after.keys()},
+                ):
+                    folder.add(link)
             unanswered |= served.unanswered
             watcher.note(f"{framework}: {len(served.answered)} of {len(served.prompts)} users have their picture")
         for row in rows.with_utility(found, weights(scenario), references):
@@ -345,6 +375,16 @@ def device_settings(scenario: Scenario) -> list[DeviceSettings]:
         )
         for number, group in enumerate(groups, 1)
     ]
+
+
+def link_settings(scenario: Scenario) -> dict[str, Setting]:
+    """What the scenario says of every node's link, devices first."""
+    names = iter(d.name for d in device_settings(scenario))
+    settings = {next(names): g.links or scenario.links for g in scenario.devices for _ in range(g.count)}
+    others = [e.links for e in scenario.edges for _ in range(e.count)]
+    if scenario.cloud is not None:
+        others.append(scenario.cloud.links)
+    return settings | {h.name: setting for h, setting in zip(helper_settings(scenario), others, strict=True)}
 
 
 def helper_settings(scenario: Scenario) -> list[EdgeSettings]:

@@ -13,7 +13,8 @@ import yaml
 from msgspec import Meta
 
 from broker.messages import Name
-from netem.link import BadLink, decode_quantity
+from netem.course import Setting
+from netem.link import BadLink, decode_quantity, encode_quantity, quantity_schema
 
 FOLDER = Path(__file__).parent
 
@@ -52,21 +53,39 @@ class Edge(Part, frozen=True, kw_only=True):
 
 
 class MoreEdges(Edge, frozen=True, kw_only=True):
-    """A number of like edge nodes beside the one that plans."""
+    """A number of like edge nodes beside the one that plans, each behind its link to the cell."""
 
     count: Count = 1
+    links: Setting = Setting()
 
 
 class Cloud(Edge, frozen=True, kw_only=True):
-    """The cloud node: the edge program in a distant data centre, without planning."""
+    """The cloud node: the edge program in a distant data centre, behind a link, without planning."""
+
+    links: Setting = Setting()
 
 
 class Devices(Part, frozen=True, kw_only=True):
-    """A number of like devices; ``models`` are those that each holds beside the scenario's ``model``."""
+    """A number of like devices; ``models`` are those that each holds beside the scenario's ``model``.
+
+    ``links`` are theirs, where they differ from the scenario's.
+    """
 
     count: Count
     compute: str = "rtx-3090-ti"
     models: tuple[str, ...] = ()
+    links: Setting | None = None
+
+
+class DeviceLinks(Setting, frozen=True, kw_only=True):
+    """The devices' links. They begin anew with every round, so that all frameworks meet the same.
+
+    ``congestion`` is TCP's congestion control, which what a link gives depends on. ``shaped_by`` is the
+    implementation: by default netem where the kernel has it, else userspace links; ``none`` leaves links alone.
+    """
+
+    congestion: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,15}$")] = "cubic"
+    shaped_by: Literal["auto", "netem", "userspace", "none"] = "auto"
 
 
 class Cache(Part, frozen=True, kw_only=True):
@@ -151,6 +170,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     scorer: str = "embedded"
     steps: Annotated[int, Meta(ge=1, le=1000)] = 28
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    links: DeviceLinks = DeviceLinks()
     planning: Planning = Planning()
     utility: Utility = Utility()
     radio: Radio = Radio()
@@ -163,6 +183,12 @@ class Scenario(Part, frozen=True, kw_only=True):
     def users(self) -> int:
         """The number of devices."""
         return sum(group.count for group in self.devices)
+
+    @property
+    def shapes_links(self) -> bool:
+        """Whether it says anything of links."""
+        groups = (*(g.links for g in self.devices), *(e.links for e in self.edges), self.cloud and self.cloud.links)
+        return self.links != DeviceLinks() or any(setting not in {None, Setting()} for setting in groups)
 
 
 class PromptGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,12 +271,12 @@ def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a scenario file."""
-    return msgspec.json.schema(Scenario)
+    return msgspec.json.schema(Scenario, schema_hook=quantity_schema)
 
 
 def to_yaml(scenario: Scenario) -> str:
     """The scenario with every default spelled out."""
-    return yaml.safe_dump(msgspec.to_builtins(scenario), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(msgspec.to_builtins(scenario, enc_hook=encode_quantity), sort_keys=False, allow_unicode=True)
 
 
 def load_part(path: Path, kind: Any, what: str) -> Any:
@@ -287,7 +313,8 @@ def _sentence(text: str, document: yaml.Node | None, kind: type[Any], error: str
         allowed = ", ".join(_struct_at(kind, where).__struct_fields__)
         message = f"there is no key {unknown[1]!r} here; there is {allowed}"
     elif isinstance(node, yaml.ScalarNode):
-        found = f" {text[node.start_mark.index : node.end_mark.index]!r}"
+        stands = repr(text[node.start_mark.index : node.end_mark.index])
+        found = "" if message.startswith(stands) else f" {stands}"
     line = node.start_mark.line + 1 if node is not None else 1
     place = f", at `{where}`" if where else ""
     return f"{line}{place}{found}: {message[0].lower() + message[1:]}"

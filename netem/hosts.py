@@ -28,6 +28,7 @@ import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from netem.control import Counters
 from netem.link import BadLink, Link
 
 HUB_ADDRESS: Final = "10.83.0.1"
@@ -160,6 +161,10 @@ class Links(Protocol):
         """The state that the link is in, read back from what shapes it."""
         ...
 
+    def counters(self, host: Host) -> Counters | None:
+        """What has happened on the link since it was made, where that is counted. Raises ``OSError``."""
+        ...
+
 
 class Hub:
     """The links between this process, which has entered the hub, and its devices.
@@ -221,6 +226,10 @@ class Hub:
     async def read(self, name: str) -> Link:
         """The state of a device's link, read back from what shapes it. Raises `AttachError`."""
         return await self._in_thread(self._visit, name, self._links.read)
+
+    async def counters(self, name: str) -> Counters | None:
+        """What has happened on a device's link, where its kind of links counts that. Raises `AttachError`."""
+        return await self._in_thread(self._visit, name, lambda host, _: self._links.counters(host))
 
     async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

@@ -81,6 +81,10 @@ class PlainLinks:
         """Everything passes."""
         return Link()
 
+    def counters(self, host: Host) -> None:  # noqa: ARG002
+        """The kernel's links do not count."""
+        return
+
 
 class NetemLinks(PlainLinks):
     """Links that the kernel's netem shapes, ``up`` at the device's end and ``down`` at the hub's.

@@ -16,6 +16,7 @@ MTU = 1400
 """Bytes. What is left of 1500 inside a cellular core's tunnels. Every kind of link uses it, since TCP's
 goodput under loss depends on the segment size."""
 
+_HEADERS = 52  # bytes of a segment: IP, TCP, and TCP's timestamps
 _QUEUE_SECONDS = 0.1  # of waiting packets that a derived queue holds, beside those on their way
 _LEAST_QUEUE = 64  # packets
 _LARGEST_QUEUE = 2**32 - 1
@@ -116,7 +117,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A part of a link's state; a key that it does not know is an error."""
 
 
-class GilbertElliott(Part, frozen=True, kw_only=True, tag_field="model", tag="gilbert-elliott"):
+class Bursts(Part, frozen=True, kw_only=True, tag_field="model"):
+    """Losses that depend on a Markov chain's state."""
+
+    def __str__(self) -> str:
+        fields = " ".join(f"{name} {value}" for name, value in msgspec.structs.asdict(self).items())
+        return f"{self.__struct_config__.tag} {fields}"
+
+
+class GilbertElliott(Bursts, frozen=True, kw_only=True, tag="gilbert-elliott"):
     """Losses in bursts: a good state and a bad one, left for the other with ``to_bad`` and ``to_good`` a packet.
 
     Packets are lost with ``loss_good`` and ``loss_bad`` there (netem's 1-k and 1-h).
@@ -128,7 +137,7 @@ class GilbertElliott(Part, frozen=True, kw_only=True, tag_field="model", tag="gi
     loss_good: Probability = msgspec.field(default_factory=Probability)
 
 
-class FourState(Part, frozen=True, kw_only=True, tag_field="model", tag="four-state"):
+class FourState(Bursts, frozen=True, kw_only=True, tag="four-state"):
     """netem's 4-state Markov loss: p13 into bursts, p31 out of them, p32 and p23 between the losses of a burst,
     p14 for a lone loss between bursts."""
 
@@ -179,6 +188,30 @@ class LinkState(Part, frozen=True, kw_only=True):
         if self.limit is not None and not 1 <= self.limit <= _LARGEST_QUEUE:
             raise BadLink(f"a queue holds at least 1 packet, not {self.limit}")
 
+    def slowed(self, factor: float) -> LinkState:
+        """The state where time passes ``factor`` times slower; the queue keeps its length."""
+        if factor == 1:
+            return self
+        return msgspec.structs.replace(
+            self,
+            rate=None if self.rate is None else Rate(self.rate / factor),
+            delay=Duration(self.delay * factor),
+            jitter=Duration(self.jitter * factor),
+            limit=self.queue,
+        )
+
+    def __str__(self) -> str:
+        """Its fields as they would stand in a file, without those that leave packets alone."""
+        fields = msgspec.structs.asdict(self)
+        default = msgspec.structs.asdict(LinkState())
+        said = [f"{name} {value}" for name, value in fields.items() if value != default[name]]
+        return ", ".join(said) or "everything passes"
+
+    @property
+    def goodput(self) -> float | None:
+        """Bits per second of payload that one TCP connection gets of the rate without losses; none: no limit."""
+        return None if self.rate is None else self.rate * (MTU - _HEADERS) / MTU
+
     @property
     def queue(self) -> int:
         """Packets that may wait or be on their way: ``limit``, or enough for the delay and 100 ms of queue.
@@ -197,6 +230,10 @@ class Link(Part, frozen=True, kw_only=True):
 
     up: LinkState = msgspec.field(default_factory=LinkState)
     down: LinkState = msgspec.field(default_factory=LinkState)
+
+    def slowed(self, factor: float) -> Link:
+        """The link where time passes ``factor`` times slower: rates divided, delays and jitter multiplied."""
+        return Link(up=self.up.slowed(factor), down=self.down.slowed(factor))
 
 
 OUTAGE = LinkState(loss=Probability(1.0))

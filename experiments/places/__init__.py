@@ -7,6 +7,10 @@ from typing import Any, NoReturn, Protocol, Self
 
 import msgspec
 
+from netem.control import Counters
+from netem.link import Link
+from netem.probe import Traffic
+
 
 class PlaceFailed(RuntimeError):
     """The testbed could not be set up here, or lost a part that it cannot do without."""
@@ -38,6 +42,26 @@ class Place(Protocol):
     @property
     def ended(self) -> Mapping[str, str]:
         """Devices that have ended on their own, and how, in a few words."""
+        ...
+
+    async def shape(self, node: str, link: Link) -> None:
+        """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
+        ...
+
+    async def read(self, node: str) -> Link:
+        """The state of a node's link, read back from what shapes it; raises ``AttachError``."""
+        ...
+
+    async def counters(self, node: str) -> Counters | None:
+        """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
+        ...
+
+    def traffic(self) -> Mapping[str, Traffic]:
+        """The bytes that have passed each node's link so far."""
+        ...
+
+    async def round_trip(self, node: str, patience: float) -> float | None:
+        """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
         ...
 
     def memory(self) -> Mapping[str, float]:

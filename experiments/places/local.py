@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -16,8 +16,10 @@ from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments.forkserver import Exit, ForkServer, ForkServerError
 from experiments.places import Placed, PlaceFailed
-from netem.hosts import HUB_ADDRESS, AttachError, Hub, NamespaceError
-from netem.kernel import PlainLinks
+from netem.control import Counters
+from netem.hosts import HUB_ADDRESS, AttachError, Hub, Links, LinksUnavailable, NamespaceError
+from netem.link import Link
+from netem.probe import Traffic, ping, traffic
 from node.settings import NodeSettings
 
 
@@ -33,6 +35,8 @@ class LocalPlace:
         edge: EdgeSettings,
         helpers: list[EdgeSettings],
         devices: list[DeviceSettings],
+        links: Links,
+        congestion: str,
         implementation: Any,
         logs: Path,
     ) -> None:
@@ -42,7 +46,8 @@ class LocalPlace:
         self._devices = devices
         self._logs = logs
         self._stack = AsyncExitStack()
-        self._hub = Hub(PlainLinks())
+        self._links = links
+        self._hub = Hub(links, congestion=congestion)
         self._broker = LocalBroker(hosts=[edge.host], port=edge.port, directory=logs, implementation=implementation)
         self._servers = {
             "edge": ForkServer(
@@ -71,7 +76,7 @@ class LocalPlace:
                         pid = await self._start(node, self._servers[server])
                         await self._hub.attach(node.name, pid)
                 self._stack = stack.pop_all()
-        except (BrokerFailed, ForkServerError, NamespaceError, AttachError) as error:
+        except (BrokerFailed, ForkServerError, NamespaceError, AttachError, LinksUnavailable) as error:
             raise PlaceFailed(str(error)) from error
         return self
 
@@ -81,7 +86,32 @@ class LocalPlace:
     @property
     def described(self) -> Placed:
         """What runs here."""
-        return Placed(broker=self._broker.version, links="unshaped", hosts="network namespaces")
+        return Placed(broker=self._broker.version, links=self._links.implementation, hosts="network namespaces")
+
+    async def shape(self, node: str, link: Link) -> None:
+        """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
+        await self._hub.shape(node, link)
+
+    async def read(self, node: str) -> Link:
+        """The state of a node's link, read back from what shapes it; raises ``AttachError``."""
+        return await self._hub.read(node)
+
+    async def counters(self, node: str) -> Counters | None:
+        """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
+        return await self._hub.counters(node)
+
+    def traffic(self) -> dict[str, Traffic]:
+        """The bytes that have passed each node's link so far."""
+        found = {}
+        for host in self._hub.hosts:
+            with suppress(OSError):  # its device has ended
+                found[host.name] = traffic(host.hub_interface)
+        return found
+
+    async def round_trip(self, node: str, patience: float) -> float | None:
+        """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
+        address = next((host.address for host in self._hub.hosts if host.name == node), None)
+        return None if address is None else await ping(address, patience)
 
     def memory(self) -> dict[str, float]:
         """Private memory (USS) of each living node in MiB."""
@@ -113,7 +143,8 @@ class LocalPlace:
 
     async def _watch_one(self, server: str) -> NoReturn:
         async for event in self._servers[server].exits():
-            raise PlaceFailed(f"the {event.name} {self._how(event)}")
+            if event.code:  # else it was told to leave
+                raise PlaceFailed(f"the {event.name} {self._how(event)}")
         raise PlaceFailed(f"the fork server of {server} was stopped")
 
     async def _watch_devices(self) -> NoReturn:

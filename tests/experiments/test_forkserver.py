@@ -65,12 +65,13 @@ from pathlib import Path
 
 from experiments.forkserver import ForkServer
 from netem.hosts import HUB_ADDRESS, Hub, enter_hub
+from netem.kernel import PlainLinks
 
 async def run():
     called = asyncio.Queue()
     server = await asyncio.start_server(lambda reader, writer: called.put_nowait(writer), HUB_ADDRESS, 9000)
     log = Path(sys.argv[1])
-    async with Hub() as hub, ForkServer("child_of_test", warm={}, log=log) as devices:
+    async with Hub(PlainLinks()) as hub, ForkServer("child_of_test", warm={}, log=log) as devices:
         pids = []
         for name in ("a", "b", "c"):
             pids.append(await devices.fork(name, {"do": "call", "port": 9000}, log=log))

@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import record
-from experiments.record import LinkRow, NodeRow, NotARun, RequestRow, RunFolder, Unwritable, load_run, schema
+from experiments.record import (
+    LinkRow,
+    NodeRow,
+    NotARun,
+    RequestRow,
+    RunFolder,
+    TransferRow,
+    Unwritable,
+    load_run,
+    schema,
+)
 
 ROW = RequestRow(
     round="r0", framework="semct", repetition=0, request="u1", device="device-1", prompt="a cat", seed=7, steps=28,
@@ -23,7 +33,7 @@ NODE = NodeRow(
     round="r0", framework="semct", node="edge", role="edge", denoiser_calls=28, rows=56, tflop=672.0, busy_s=4.3,
     energy_j=1720.0, overruns=0, memory_mib=11.5,
 )  # fmt: skip
-LINK = LinkRow(device="device-1", implementation="unshaped")
+LINK = LinkRow(round="semct-0", framework="semct", node="device-1", implementation="unshaped")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=50)
 
 
@@ -55,7 +65,7 @@ def test_a_run_reads_back_as_it_was_recorded(tmp_path: Path) -> None:
 def test_an_empty_run_has_its_columns(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "empty") as folder:
         pass
-    for table, kind in (("requests", RequestRow), ("nodes", NodeRow), ("links", LinkRow)):
+    for table, kind in (("requests", RequestRow), ("nodes", NodeRow), ("links", LinkRow), ("transfers", TransferRow)):
         frame = pl.read_parquet(folder.path / f"{table}.parquet")
         assert frame.is_empty()
         assert frame.schema == schema(kind)

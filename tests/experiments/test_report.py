@@ -57,7 +57,7 @@ def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1
                         denoiser_calls=28, rows=84, tflop=900.0, busy_s=3.0, energy_j=1200.0, overruns=0,
                     )
                 )  # fmt: skip
-        folder.add(LinkRow(device="device-0", implementation="unshaped"))
+        folder.add(LinkRow(round="0-semct", framework="semct", node="device-0", implementation="unshaped"))
     return folder.path
 
 
@@ -211,7 +211,7 @@ def test_nothing_from_a_run_acts_in_the_page(tmp_path: Path) -> None:
             NodeRow(round="r", framework=HOSTILE, node=HOSTILE, role="edge", denoiser_calls=0, rows=0, tflop=0,
                     busy_s=0, energy_j=0, overruns=0, alive=False)
         )  # fmt: skip
-        folder.add(LinkRow(device=HOSTILE, implementation=HOSTILE))
+        folder.add(LinkRow(round="r", framework=HOSTILE, node=HOSTILE, implementation=HOSTILE))
     page = report(folder.path)
     assert not page.attributes("img", "onerror")
     assert "script" not in {tag for tag, _ in page.elements}

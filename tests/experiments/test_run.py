@@ -236,3 +236,22 @@ def test_users_who_ask_one_by_one_are_served_as_they_come(tmp_path: Path) -> Non
     edge = run.nodes.filter((pl.col("role") == "edge") & (pl.col("framework") == "semct-async"))
     assert (edge["cache_hits"] + edge["cache_misses"]).to_list() == [3]
     assert run.nodes.filter(pl.col("framework") == "semct")["cache_hits"].is_null().all()
+
+
+def test_shaped_links_hold_back_what_goes_over_them(tmp_path: Path) -> None:
+    links = "links: {up: {rate: 5mbit, delay: 20ms}, down: {rate: 20mbit, delay: 10ms}}"
+    process = start(scenario(tmp_path, frameworks="edge-only", more=links))
+    output = finish(process)
+    assert process.returncode == 0, output
+    run = only_run(tmp_path)
+    assert run.info.link in {"netem", "userspace"}
+    for link in run.links.iter_rows(named=True):
+        assert link["applied_up"] == link["requested_up"] == "rate 5mbit, delay 20ms"
+        assert link["applied_down"] == link["requested_down"] == "rate 20mbit, delay 10ms"
+        assert 0.02 <= link["measured_up_delay_s"] < 0.2
+        assert link["measured_down_rate_bps"] <= 20e6
+    latents = run.transfers.filter(receiver="device-1")
+    assert latents["size"].min() > 512 * 1024
+    for latent in latents.iter_rows(named=True):
+        assert (latent["limit_bps"], latent["delay_s"]) == (20e6, 0.01)
+        assert latent["seconds"] >= 8 * latent["size"] / 20e6

@@ -11,6 +11,7 @@ from netem.link import (
     MTU,
     BadLink,
     Duration,
+    GilbertElliott,
     Link,
     LinkState,
     Probability,
@@ -151,3 +152,20 @@ def test_what_was_read_back_is_compared_up_to_rounding(
     asked: dict[str, Any], found: dict[str, Any], said: str | None
 ) -> None:
     assert mismatch(Link(up=read(asked)), Link(up=read(found))) == said
+
+
+def test_a_slower_world_keeps_what_fits_into_the_link() -> None:
+    state = LinkState(rate=Rate("20mbit"), delay=Duration("50ms"), jitter=Duration("5ms"), loss=Probability("1%"))
+    slowed = Link(up=state).slowed(4).up
+    assert (slowed.rate, slowed.delay, slowed.jitter, slowed.loss) == (5e6, 0.2, 0.02, 0.01)
+    assert slowed.queue == state.queue
+    assert state.slowed(1) is state
+
+
+def test_a_state_says_what_it_does() -> None:
+    state = LinkState(rate=Rate(2e6), delay=Duration(0.05), loss=Probability(0.01))
+    assert str(state) == "rate 2mbit, delay 50ms, loss 1%"
+    assert str(LinkState()) == "everything passes"
+    assert str(LinkState(bursts=GilbertElliott(to_bad=Probability(0.01), to_good=Probability(0.2)))) == (
+        "bursts gilbert-elliott to_bad 1% to_good 20% loss_bad 100% loss_good 0%"
+    )
