@@ -116,8 +116,9 @@ def test_a_run_answers_everyone_and_the_same_seed_gives_the_same_pictures_and_pl
         assert (run.path / "report.html").stat().st_size > 10_000
         pictures = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (run.path / "images").iterdir()}
         assert len(pictures) == 9
-        planned = [msgspec.json.decode(line)["plan"] for line in run.events.filter(kind="planned")["data"]]
-        seen.append((pictures, planned))
+        plans = [msgspec.json.decode(line)["plan"] for line in run.events.filter(kind="planned")["data"]]
+        # What is predicted counts the seconds that planning took, which are never the same.
+        seen.append((pictures, [(plan["clusters"], plan["routes"]) for plan in plans]))
     assert seen[0] == seen[1]
 
 
