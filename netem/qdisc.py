@@ -160,7 +160,7 @@ def _traffic(interface: str, handle: int, parent: int) -> bytes:
 
 def _bursts(model: GilbertElliott | FourState) -> bytes:
     if isinstance(model, GilbertElliott):
-        parts = [model.to_bad, model.to_good, model.loss_bad, model.loss_good]
+        parts = [model.to_bad, model.to_good, 1 - model.loss_bad, model.loss_good]  # netem's h is what passes
         return _attribute(_GILBERT_ELLIOTT, struct.pack("=4I", *map(_part, parts)))
     parts = [model.p13, model.p31, model.p32, model.p14, model.p23]
     return _attribute(_FOUR_STATE, struct.pack("=5I", *map(_part, parts)))
@@ -168,8 +168,13 @@ def _bursts(model: GilbertElliott | FourState) -> bytes:
 
 def _model(models: dict[int, bytes]) -> GilbertElliott | FourState | None:
     if _GILBERT_ELLIOTT in models:
-        to_bad, to_good, bad, good = map(_probability, struct.unpack("=4I", models[_GILBERT_ELLIOTT]))
-        return GilbertElliott(to_bad=to_bad, to_good=to_good, loss_bad=bad, loss_good=good)
+        to_bad, to_good, passed, good = struct.unpack("=4I", models[_GILBERT_ELLIOTT])
+        return GilbertElliott(
+            to_bad=_probability(to_bad),
+            to_good=_probability(to_good),
+            loss_bad=_probability(_UINT32 - passed),
+            loss_good=_probability(good),
+        )
     if _FOUR_STATE in models:
         p13, p31, p32, p14, p23 = map(_probability, struct.unpack("=5I", models[_FOUR_STATE]))
         return FourState(p13=p13, p31=p31, p32=p32, p14=p14, p23=p23)

@@ -5,12 +5,14 @@ can only delay and starve, so delays and goodputs have three attempts. Statistic
 and have two, so that a true link fails one of them in 10,000.
 """
 
+import contextlib
 import json
 import math
-import os
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
@@ -20,6 +22,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import pytest
 from scipy import stats
 
+from netem.link import MTU
+
 ROOT = Path(__file__).parents[2]
 Direction = Literal["up", "down"]
 Result = TypeVar("Result")
@@ -28,19 +32,34 @@ State = Mapping[str, Any]
 DIRECTIONS = pytest.mark.parametrize("direction", ["up", "down"])
 
 
+def start(links: str, scene: str, **arguments: Any) -> subprocess.Popen[str]:
+    """Run a scene of tests/netem/scenes.py in a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", "tests.netem.scenes", links, scene, json.dumps(arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def play(links: str, scene: str, **arguments: Any) -> Any:
-    """Run a scene of tests/netem/scenes.py in a process of its own and return its result."""
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.netem.scenes", links, scene, json.dumps(arguments)],
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    """The result of a scene."""
+    with start(links, scene, **arguments) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
+def living_namespaces() -> set[int]:
+    """The network namespaces in which there are processes."""
+    living = set()
+    for path in Path("/proc").glob("[0-9]*/ns/net"):
+        with contextlib.suppress(OSError):  # it has just ended
+            living.add(path.stat().st_ino)
+    return living
+
+
+def interfaces() -> list[str]:
+    return sorted(name for _, name in socket.if_nameindex())
 
 
 def settled(attempts: int, measure: Callable[[], Result], holds: Callable[[Result], bool]) -> Result:
@@ -79,6 +98,7 @@ class Conformance:
     """MODULE:CLASS"""
     delay_within: ClassVar[float]
     """Seconds between the median round trip and the delay asked for in one direction."""
+    fifty_at_mbit: ClassVar[int] = 20
 
     @DIRECTIONS
     @pytest.mark.parametrize("delay", [5, 20, 100])
@@ -195,27 +215,42 @@ class Conformance:
     ) -> None:
         """Ten changes, with time between them and then ten in a second."""
 
-        def effect(every: float) -> tuple[float, int]:
-            rates = ["6mbit", "30mbit"] * 5
-            return seen_changes(play(self.links, "changes", direction=direction, rates=rates, every=every, wait="10ms"))
-
         for every in (0.5, 0.1):
-            slowest, lost = settled(3, lambda every=every: effect(every), lambda seen: seen[0] < 0.1 and seen[1] == 0)
-            record_property(f"slowest_ms_every_{every}", round(slowest * 1000, 1))
-            assert lost == 0
-            assert slowest < 0.1
+            best = [math.inf] * 10
+            for _ in range(3):
+                report = play(
+                    self.links, "changes", direction=direction, rates=["6mbit", "30mbit"] * 5, every=every, wait="10ms"
+                )
+                assert {number for number, *_ in report["arrived"]} == set(range(report["sent"]))
+                best = [min(times) for times in zip(best, effects(report), strict=True)]
+                if max(best) < 0.1:
+                    break
+            record_property(f"slowest_ms_every_{every}", round(max(best) * 1000, 1))
+            assert max(best) < 0.1
 
     def test_fifty_links_at_once(self, record_property: Callable[[str, object], None]) -> None:
-        link = {"up": {"rate": "20mbit", "delay": "10ms"}, "down": {"rate": "20mbit", "delay": "10ms"}}
+        check_fifty(self.links, self.fifty_at_mbit, record_property)
 
-        def parts() -> list[float]:
-            measured = play(self.links, "goodput", direction="down", link=link, devices=50, settle=4, seconds=5)
-            return [part / 20e6 for part in measured]
+    def test_no_packet_is_larger_than_the_link_carries(self) -> None:
+        """TCP may hand bundles of packets to an interface, which a link would lose or delay as one."""
+        state = {"rate": "50mbit", "delay": "2ms"}
+        sizes = play(self.links, "packet_sizes", link={"up": state, "down": state})
+        assert 1000 < sizes["down"] <= MTU + 14
+        assert 1000 < sizes["up"] <= MTU + 14
 
-        measured = settled(3, parts, lambda parts: min(parts) >= 0.85)
-        record_property("least_part", round(min(measured), 4))
-        assert min(measured) >= 0.85
-        assert max(measured) <= 1
+    def test_kill_9_leaves_nothing(self) -> None:
+        state = {"rate": "5mbit", "delay": "50ms"}
+        before = interfaces()
+        with start(self.links, "hold", link={"up": state, "down": state}) as process:
+            assert process.stdout is not None
+            namespaces = set(json.loads(process.stdout.readline()))
+            assert len(namespaces & living_namespaces()) == 3
+            process.kill()
+        deadline = time.monotonic() + 20
+        while namespaces & living_namespaces() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not namespaces & living_namespaces()
+        assert interfaces() == before
 
     def test_what_was_asked_is_read_back(self) -> None:
         links = [
@@ -231,8 +266,23 @@ class Conformance:
         assert play(self.links, "read_back", states=links) == [None] * len(links)
 
 
-def seen_changes(report: dict[str, Any]) -> tuple[float, int]:
-    """The longest time from asking for a rate to the arrival of a train at that rate, and the datagrams lost."""
+def check_fifty(links: str, mbit: int, record_property: Callable[[str, object], None]) -> None:
+    """Fill fifty links at the same time: none may stay under 85 % of its rate."""
+    state = {"rate": f"{mbit}mbit", "delay": "10ms"}
+
+    def parts() -> list[float]:
+        link = {"up": state, "down": state}
+        measured = play(links, "goodput", direction="down", link=link, devices=50, settle=4, seconds=5)
+        return [bits / (mbit * 1e6) for bits in measured]
+
+    measured = settled(3, parts, lambda parts: min(parts) >= 0.85)
+    record_property("least_part", round(min(measured), 4))
+    assert min(measured) >= 0.85
+    assert max(measured) <= 1
+
+
+def effects(report: dict[str, Any]) -> list[float]:
+    """For each change the seconds from asking for a rate to the arrival of a train at that rate."""
     arrivals: dict[int, list[float]] = {}
     for number, _, arrival, _ in report["arrived"]:
         arrivals.setdefault(number // report["train"], []).append(arrival)
@@ -242,11 +292,10 @@ def seen_changes(report: dict[str, Any]) -> tuple[float, int]:
         if len(times) == report["train"]
     ]
     moments = [asked for _, asked in report["changes"]] + [math.inf]
-    slowest = max(
+    return [
         min(
             (end - asked for end, seen in trains if asked < end < after and abs(seen / rate - 1) < 0.25),
             default=math.inf,
         )
         for (rate, asked), after in zip(report["changes"], moments[1:], strict=True)
-    )
-    return slowest, report["sent"] - len({number for number, *_ in report["arrived"]})
+    ]

@@ -14,7 +14,7 @@ import msgspec
 
 from netem.hosts import Links, enter_hub
 from netem.link import MTU, Duration, Link, LinkState, Rate, decode_quantity, mismatch
-from tests.netem.measuring import UDP_PAYLOAD, Cell, Direction
+from tests.netem.measuring import UDP_PAYLOAD, Cell, Direction, own_namespace, traffic
 
 
 def one_way(direction: Direction, state: LinkState) -> Link:
@@ -56,6 +56,29 @@ async def goodput(
     """TCP's goodput in bit/s over each of so many links at the same time."""
     async with Cell(links, devices=devices, link=link, congestion=congestion) as cell:
         return await cell.goodput(direction, seconds, settle=settle, numbers=range(devices))
+
+
+async def packet_sizes(links: Links, link: Link) -> dict[str, float]:
+    """The mean size of packets as the device's interface sees them, while TCP fills the link down and up."""
+    async with Cell(links, link=link) as cell:
+        (device,), (host,) = cell.devices, cell.hub.hosts
+        await cell.goodput("down", 1.0, settle=0.5)
+        received, packets_received, _, _ = await device.call(traffic, host.device_interface)
+        _, _, sent_before, packets_before = await device.call(traffic, host.device_interface)
+        await cell.goodput("up", 1.0, settle=0.5)
+        _, _, sent, packets_sent = await device.call(traffic, host.device_interface)
+    return {
+        "down": received / packets_received,
+        "up": (sent - sent_before) / (packets_sent - packets_before),
+    }
+
+
+async def hold(links: Links, link: Link) -> None:
+    """Fill two links until somebody kills this process; say first which namespaces are in use."""
+    async with Cell(links, devices=2, link=link) as cell:
+        await cell.goodput("up", 0.2, settle=0.2, numbers=range(2))
+        print(json.dumps([await end.call(own_namespace) for end in (*cell.devices, cell.homes[0])]), flush=True)
+        await cell.goodput("up", 60, numbers=range(2))
 
 
 async def read_back(links: Links, states: list[Link]) -> list[str | None]:

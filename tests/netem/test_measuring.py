@@ -40,11 +40,11 @@ def test_geometric_lengths_fit_and_others_do_not() -> None:
 
 
 def test_when_a_change_was_seen() -> None:
-    """Trains of three packets of 1000 bits: at 1 kbit/s, from the fifth on at 4; one datagram is lost."""
+    """Trains of three packets of 1000 bits: at 1 kbit/s, from the sixth on at 4."""
     arrived: list[Any] = []
     for train in range(10):
         spacing = 1.0 if train < 5 else 0.25
         arrived += [(3 * train + place, 0.0, 10.0 * train + place * spacing, True) for place in range(3)]
-    report = {"sent": 31, "train": 3, "packet_bits": 1000, "arrived": arrived, "changes": [(4000.0, 49.0)]}
-    assert conformance.seen_changes(report) == (1.5, 1)
-    assert conformance.seen_changes({**report, "changes": [(2000.0, 49.0)]})[0] == float("inf")
+    report = {"train": 3, "packet_bits": 1000, "arrived": arrived, "changes": [(4000.0, 49.0)]}
+    assert conformance.effects(report) == [1.5]
+    assert conformance.effects({**report, "changes": [(2000.0, 49.0), (4000.0, 60.0)]}) == [float("inf"), 0.5]

@@ -1,12 +1,32 @@
-"""Links of which only the hub's end is shaped, as `Links`, so that the conformance table can be held to them."""
+"""Kinds of links in the kernel that only tests use."""
 
-from netem.hosts import Host
-from netem.kernel import OneEnd, PlainLinks
+import socket
+
+from pyroute2 import IPRoute
+
+from netem.hosts import Host, inside
+from netem.kernel import NetemLinks, OneEnd, PlainLinks
 from netem.link import Link
 
 
+class LargePackets(NetemLinks):
+    """Packets of four times the usual size, so that a slow processor carries four times as much."""
+
+    _MTU = 5600
+
+    def connect(self, host: Host, namespace: int) -> None:
+        super().connect(host, namespace)
+        self._enlarge(host.hub_interface)
+        with inside(namespace):
+            self._enlarge(host.device_interface)
+
+    def _enlarge(self, interface: str) -> None:
+        with IPRoute() as kernel:
+            kernel.link("set", index=socket.if_nametoindex(interface), mtu=self._MTU)
+
+
 class OneEndLinks(PlainLinks):
-    """The device's end stays as the kernel made it, and passes bundles of packets."""
+    """Links of which only the hub's end is shaped; the device's passes bundles of packets, as a container's does."""
 
     implementation = "one end"
 
