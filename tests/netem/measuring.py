@@ -30,11 +30,10 @@ UDP_PAYLOAD: Final = MTU - 28
 """Bytes in a datagram that fills a packet."""
 
 _PORT: Final = 5000
-_PATIENCE = 15.0  # seconds for something to happen at all
+_PATIENCE = 30.0  # seconds for something to happen at all
 _AT_LEAST: Final = 1 << 15  # bytes that wake a receiver
 _SO_RCVBUFFORCE: Final = 33
 _SO_NO_CHECK: Final = 11
-_SO_RXQ_OVFL: Final = 40
 _SO_TIMESTAMPNS: Final = 35
 _BUFFER: Final = 1 << 26
 _HEADER: Final = struct.Struct("!IIq")  # checksum of what follows, number, nanoseconds
@@ -179,14 +178,18 @@ class Cell:
         """TCP's goodput in bit/s on some links in the same `seconds`, after `settle` seconds of the same traffic."""
         ends = [self._ends(direction, number) for number in numbers]
         await asyncio.gather(*(receiver.call(open_tcp, target.port) for _, receiver, target in ends))
+        async with asyncio.TaskGroup() as tasks:
+            for sender, receiver, target in ends:
+                tasks.create_task(receiver.call(accept))
+                tasks.create_task(sender.call(connect, target))
         begin = time.monotonic() + settle
         async with asyncio.TaskGroup() as tasks:
             awake = _AT_LEAST if len(ends) < 10 else 4 * _AT_LEAST
             drained = [
                 tasks.create_task(receiver.call(drain, begin, begin + seconds, awake)) for _, receiver, _ in ends
             ]
-            for sender, _, target in ends:
-                tasks.create_task(sender.call(fill, target))
+            for sender, _, _ in ends:
+                tasks.create_task(sender.call(fill))
         return [task.result() for task in drained]
 
     def _ends(self, direction: Direction, number: int) -> tuple[End, End, Target]:
@@ -232,7 +235,6 @@ def open_udp(port: int) -> None:
     except PermissionError:  # in a user namespace
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     receiver.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-    receiver.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
     receiver.bind(("", port))
     _opened["udp"] = receiver
 
@@ -254,33 +256,47 @@ def send_datagrams(target: Target, count: int, every: float, together: int, size
 def receive_datagrams(quiet: float) -> tuple[list[Datagram], int]:
     """What arrived until nothing came for `quiet` seconds, and how many the socket's buffer could not hold."""
     arrived: list[Datagram] = []
-    overflowed = 0
+    before = _overflows()
     with _opened.pop("udp") as receiver:
         receiver.settimeout(max(quiet, 2.0))  # the first may take longer
         with contextlib.suppress(TimeoutError):
             while True:
                 data, ancillary, _, _ = receiver.recvmsg(2048, 256)
                 receiver.settimeout(quiet)
-                stamp = 0.0
-                for _, kind, value in ancillary:
-                    if kind == _SO_TIMESTAMPNS:
-                        seconds, nanoseconds = struct.unpack("qq", value)
-                        stamp = seconds + nanoseconds / 1e9
-                    elif kind == _SO_RXQ_OVFL:
-                        overflowed = struct.unpack("I", value)[0]
+                ((_, _, stamp),) = ancillary
+                seconds, nanoseconds = struct.unpack("qq", stamp)
                 checksum, number, sent = _HEADER.unpack_from(data)
-                arrived.append(Datagram(number, sent / 1e9, stamp, zlib.crc32(data[4:]) == checksum))
-    return arrived, overflowed
+                intact = zlib.crc32(data[4:]) == checksum
+                arrived.append(Datagram(number, sent / 1e9, seconds + nanoseconds / 1e9, intact))
+    return arrived, _overflows() - before
+
+
+def _overflows() -> int:
+    """Datagrams that sockets of this namespace had no room for."""
+    names, values = (
+        line.split() for line in Path("/proc/self/net/snmp").read_text().splitlines() if line.startswith("Udp:")
+    )
+    return int(values[names.index("RcvbufErrors")])
 
 
 def open_tcp(port: int) -> None:
-    _opened["tcp"] = socket.create_server(("", port))
+    _opened["listener"] = socket.create_server(("", port))
 
 
-def fill(target: Target) -> None:
+def accept() -> None:
+    with _opened.pop("listener") as listener:
+        listener.settimeout(_PATIENCE)
+        _opened["tcp"], _ = listener.accept()
+
+
+def connect(target: Target) -> None:
+    _opened["tcp"] = socket.create_connection(target, timeout=_PATIENCE)
+
+
+def fill() -> None:
     """Send as much as passes until the receiver closes."""
     zeros = bytes(1 << 20)
-    with socket.create_connection(target, timeout=_PATIENCE) as sender:
+    with _opened.pop("tcp") as sender:
         # What still waits in the link's queue at the end is of no use to anybody.
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sender.settimeout(None)
@@ -294,10 +310,7 @@ def drain(begin: float, end: float, at_least: int) -> float:
 
     Few calls, and no copies: there may be fifty receivers on one processor.
     """
-    with _opened.pop("tcp") as listener:
-        listener.settimeout(_PATIENCE)
-        connection, _ = listener.accept()
-    with connection:
+    with _opened.pop("tcp") as connection:
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
         buffer = bytearray(1 << 20)

@@ -100,8 +100,12 @@ async def changes(
     datagrams that arrived, and how many were sent.
     """
     train, pause = 10, 0.025
-    link = one_way(direction, LinkState(rate=rates[-1], delay=wait))
-    async with Cell(links, link=link) as cell:
+
+    def state(rate: Rate) -> Link:
+        # A sender that was held up sends several trains at once, which is not to lose packets either.
+        return one_way(direction, LinkState(rate=rate, delay=wait, limit=1000))
+
+    async with Cell(links, link=state(rates[-1])) as cell:
         count = train * round((every * len(rates) + 0.5) / pause)
         traffic = asyncio.create_task(
             cell.datagrams(direction, count, every=pause, together=train, size=UDP_PAYLOAD, quiet=1.0)
@@ -110,7 +114,7 @@ async def changes(
         moments = []
         for rate in rates:
             before = time.time()
-            await cell.shape(one_way(direction, LinkState(rate=rate, delay=wait)))
+            await cell.shape(state(rate))
             moments.append((float(rate), before))
             await asyncio.sleep(max(0.0, before + every - time.time()))
         arrived = await traffic
