@@ -74,6 +74,8 @@ class UserspaceLinks:
     implementation = "userspace"
 
     def __init__(self, *, seed: int | None = None) -> None:
+        self.priority = ""
+        """How the kernel's scheduler treats the open links' process: ``real time``, ``nice -10`` or ``normal``."""
         self._seed = secrets.randbits(64) if seed is None else seed
         self._control: socket.socket
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,7 +100,7 @@ class UserspaceLinks:
         except BaseException:
             self.close()
             raise
-        _log.info("the packet scheduler runs with priority: %s", started.priority)
+        self.priority = started.priority
 
     def close(self) -> None:
         """End the packet scheduler, and all links with it."""
@@ -163,7 +165,10 @@ class UserspaceLinks:
         try:
             started = self._receive(Started)
         except TimeoutError:
-            _log.warning("the packet scheduler is being compiled, which takes about 10 s on an idle machine")
+            _log.warning(
+                "the packet scheduler is not up after %.0f s: its first start compiles it, which takes 7 s of CPU time",
+                _START,
+            )
             self._control.settimeout(_COMPILING)
             started = self._receive(Started)
         if not started.kept:
