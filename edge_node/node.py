@@ -22,6 +22,7 @@ from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Weights
+from semct.planner.learned import Tier
 from semct.routes import Plan, Route
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
     small_model: str = "embedded-small"
     clusters: Number = 3
     most_shared: int = 13
+    tier: Tier = "exact"
     weights: Weights = Weights()
     quality: str = "embedded"
     writer: str = "smollm2"

@@ -14,6 +14,7 @@ from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Kind, Link, Network, NodeState, Pace, Weights
+from semct.planner.learned import Policy
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import Writer
 from semct.quality import QualityModel
@@ -43,6 +44,7 @@ class Planner:
         weights: Weights,
         clusters: Number,
         most_shared: int,
+        policy: Policy | None = None,
         model: str,
         small_model: str,
         quality: QualityModel,
@@ -56,6 +58,7 @@ class Planner:
         self._links = links
         self._weights = weights
         self._most_shared = most_shared
+        self._policy = policy
         self._clusters = clusters
         self._model = model
         self._small_model = small_model
@@ -131,6 +134,7 @@ class Planner:
             ),
             weights=self._weights,
             most_shared=self._most_shared,
+            policy=self._policy,
             quality=self._quality,
             encoder=self._encoder,
             writer=self._writer,

@@ -15,6 +15,7 @@ from node.settings import start_logging
 from node.worker import Worker, make_worker, warm_up
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser
+from semct.planner.learned import load_policy
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import SMOLLM2, LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
 from semct.quality import load_quality_model
@@ -60,6 +61,7 @@ def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
         latent_bytes=worker.latent_bytes,
         weights=settings.weights,
         most_shared=settings.most_shared,
+        policy=load_policy(settings.tier),
         clusters=settings.clusters,
         model=settings.models[0],
         small_model=settings.small_model,

@@ -215,6 +215,34 @@ def calibrate(
     console.print(f"written to {profile}; name it as `compute:` of an edge or of devices", highlight=False)
 
 
+@app.command("train-planner")
+def train_planner(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoint and learning curve go.")],
+    *,
+    episodes: Annotated[int, typer.Option(min=1)] = 200,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Episodes between two points of the learning curve.")] = 25,
+    quality: Annotated[list[str] | None, typer.Option(help="Quality curves to learn on; sd3-medium, embedded.")] = None,
+) -> None:
+    """Let agents learn the planner's splits (IPPO) on the cost model, and compare them with the exact planner."""
+    from experiments.planner_training import train  # noqa: PLC0415
+    from semct.planner.learning import Settings  # noqa: PLC0415
+    from semct.quality import QualityModelError  # noqa: PLC0415
+
+    console = Console()
+    try:
+        missed = train(
+            folder,
+            Settings(episodes=episodes, seed=seed),
+            qualities=quality or ("sd3-medium", "embedded"),
+            every=every,
+            console=console,
+        )
+    except (OSError, QualityModelError) as error:
+        _give_up(error)
+    console.print(f"{100 * missed:.2f} % below the exact planner's utility; left in {folder}", highlight=False)
+
+
 @app.command("frameworks")
 def list_frameworks() -> None:
     """List the inference frameworks that a scenario can name."""

@@ -406,6 +406,7 @@ def edge_settings(scenario: Scenario) -> EdgeSettings:
         clusters=scenario.planning.clusters,
         weights=weights(scenario),
         most_shared=scenario.planning.most_shared,
+        tier=scenario.planning.tier,
         quality=scenario.planning.quality,
         writer=scenario.planning.writer,
         cache=msgspec.convert(scenario.planning.cache, CacheSettings, from_attributes=True),

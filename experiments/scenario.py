@@ -103,11 +103,13 @@ class Cache(Part, frozen=True, kw_only=True):
 class Planning(Part, frozen=True, kw_only=True):
     """How frameworks plan: number of clusters K (or how to find it), who words public prompts, which quality curves.
 
-    ``most_shared`` bounds the shared steps of a request; 13 of 28 is what the system model of [13] allows.
+    ``most_shared`` bounds the shared steps of a request; 13 of 28 is what the system model of [13] allows. ``tier``
+    says who chooses splits: the ``exact`` search, or agents that ``learned`` to.
     """
 
     clusters: Count | Literal["utility", "silhouette"] = 3
     most_shared: Steps = 13
+    tier: Literal["exact", "learned"] = "exact"
     writer: str = "smollm2"
     cache: Cache = Cache()
     quality: str = "embedded"

@@ -35,6 +35,7 @@ from node.settings import NodeSettings
 from semct.compute import EMULATED_MODELS, PROFILES, check_names, processor
 from semct.cost import Kind, Link
 from semct.diffusion import Denoiser
+from semct.planner.learned import load_policy
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import PublicPrompt, Writer
 from semct.quality import load_quality_model
@@ -182,6 +183,7 @@ class Simulator:
             links=links,
             weights=settings.weights,
             most_shared=settings.most_shared,
+            policy=load_policy(settings.tier),
             clusters=settings.clusters,
             model=scenario.model,
             small_model=scenario.small_model,

@@ -27,6 +27,7 @@ from semct.clustering import Dendrogram, Number, Partition, best_silhouette, den
 from semct.cost import Network, Weights
 from semct.forecast import forecast
 from semct.planner import tree, two_tier
+from semct.planner.learned import Policy
 from semct.planner.predict import predict
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import MeanWriter, PublicPrompt, Writer, embed_prompts
@@ -44,7 +45,8 @@ class Batch:
     (empty where there is none).
     ``clusters`` is the wanted number of clusters K, or how to find it, ``most_shared`` bounds a request's shared
     steps, ``seed`` drives every random choice, ``cache`` holds what earlier requests of this framework left on the
-    edge, ``seconds`` collects the wall time of each part of planning.
+    edge, ``policy`` decides splits where the learned planner is wanted, ``seconds`` collects the wall time of each
+    part of planning.
     """
 
     requests: tuple[Request, ...]
@@ -59,6 +61,7 @@ class Batch:
     seed: int
     cache: LatentCache
     small_model: str = ""
+    policy: Policy | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -146,6 +149,7 @@ class Batch:
                 most_shared=self.most_shared,
                 sharing=sharing,
                 uniform=uniform,
+                policy=self.policy,
             )
 
     def forecast(self, plan: Plan, *, planning: float = 0.0) -> Plan:

@@ -10,6 +10,7 @@ import numpy as np
 from semct.cost import Floats, Network, Splits, Weights
 from semct.forecast import expect
 from semct.planner.coupling import choose
+from semct.planner.learned import Field, Policy, cost, field_of
 from semct.planner.shares import shares
 from semct.planner.splits import Costs, Frontier, Split, costs
 from semct.public_prompt import PublicPrompt
@@ -18,7 +19,7 @@ from semct.routes import Cluster, Plan, Request, route
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
-    """The splits and the share (clusters,) of each cluster, what they cost, and a bound that nothing is below.
+    """The splits and the share (clusters,) of each cluster, what they cost, and a proven bound that nothing is below.
 
     Costs are the users' utilities, added up, with the sign turned; times at the edge by the paper's model, in which
     a user waits for all of its cluster's edge work at its cluster's bare share.
@@ -27,7 +28,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
     splits: list[list[Split]]
     share: Floats
     cost: float
-    bound: float
+    bound: float | None = None
 
 
 def plan(
@@ -43,25 +44,39 @@ def plan(
     most_shared: int,
     sharing: bool = True,
     uniform: bool = False,
+    policy: Policy | None = None,
 ) -> Plan:
     """Routes (edge, public, x) (edge, personal, y) (device, personal, z) of least predicted cost.
 
     ``groups`` are the members of each cluster as indices into ``requests``, with their ``public`` prompts and
     the ``similarity`` (members,) of each member's prompt to it. Frameworks that give every member the same
     split are ``uniform``; those without shared inference pass one group per request and no ``sharing``.
-    ``most_shared`` bounds x.
+    ``most_shared`` bounds x. A ``policy`` decides in place of the exact search, but for those who are ``uniform``.
     """
-    tables = costs(
-        requests,
-        groups,
-        similarity,
-        network=network,
-        weights=weights,
-        quality=quality,
-        most_shared=most_shared,
-        sharing=sharing,
-    )
-    solution = solve(tables, uniform=uniform)
+    if policy is not None and not uniform:
+        field = field_of(
+            requests,
+            groups,
+            similarity,
+            network=network,
+            weights=weights,
+            quality=quality,
+            most_shared=most_shared,
+            sharing=sharing,
+        )
+        solution = decided(policy, field)
+    else:
+        tables = costs(
+            requests,
+            groups,
+            similarity,
+            network=network,
+            weights=weights,
+            quality=quality,
+            most_shared=most_shared,
+            sharing=sharing,
+        )
+        solution = solve(tables, uniform=uniform)
     made = lay_out(requests, groups, public, similarity, solution, model=model, edge=network.edge)
     taken = arrays(groups, solution, len(requests))
     phi = np.empty(len(requests))
@@ -83,6 +98,21 @@ def solve(tables: Sequence[Costs], *, uniform: bool = False) -> Solution:
         share=shares(seconds, np.array([t.second for t in tables])),
         cost=chosen.cost,
         bound=chosen.bound,
+    )
+
+
+def decided(policy: Policy, field: Field) -> Solution:
+    """What the agents of one batch decide, with the best shares for it."""
+    shared, edge = policy.decide(field)
+    device = field.prices.steps - shared - edge
+    splits: list[list[Split]] = [[] for _ in field.batch]
+    for m, x, y, z in zip(field.cluster.tolist(), shared.tolist(), edge.tolist(), device.tolist(), strict=True):
+        splits[m].append(Split(shared=x, edge=y, device=z))
+    work = np.array([max(s.shared for s in c) + sum(s.edge for s in c) for c in splits])
+    return Solution(
+        splits=splits,
+        share=shares(work * field.step[field.batch], field.per_cluster(field.prices.second)),
+        cost=float(cost(field, shared, edge)[0]),
     )
 
 
@@ -131,5 +161,5 @@ def lay_out(
                 share=share,
             )
         )
-    gap = max(0.0, solution.cost - solution.bound) / max(1, len(requests))
+    gap = None if solution.bound is None else max(0.0, solution.cost - solution.bound) / max(1, len(requests))
     return Plan(clusters=tuple(clusters), routes=tuple(routes[i] for i in sorted(routes)), gap=gap)

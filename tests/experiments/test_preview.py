@@ -62,6 +62,14 @@ def test_a_plan_shows_clusters_splits_shares_and_predictions(simulator: Simulato
     assert msgspec.json.decode(msgspec.json.encode(found))["framework"] == "semct"
 
 
+def test_splits_may_come_from_agents_that_learned_to(simulator: Simulator) -> None:
+    scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
+    scenario = msgspec.structs.replace(scenario, planning=Planning(clusters=2, writer="medoid", tier="learned"))
+    found = preview(PROMPTS, scenario, "semct", simulator)
+    assert found.gap is None
+    assert sorted(r.prompt for c in found.clusters for r in c.requests) == sorted(PROMPTS)
+
+
 def test_requests_without_a_cluster_are_shown_too(simulator: Simulator) -> None:
     scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
     scenario = msgspec.structs.replace(scenario, planning=Planning(writer="medoid"))
