@@ -269,9 +269,19 @@ def _warnings(run: Run) -> Iterator[str]:
             said = f": {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}" if reasons else "."
             where = ", ".join(lost["framework"].unique(maintain_order=True))
             yield f"{lost.height} of {run.requests.height} requests {outcome} ({where}){said}"
+    late = run.links.filter(pl.max_horizontal("up_late_s", "down_late_s") > _LATE)
+    if late.height:
+        worst = late.select(pl.max_horizontal("up_late_s", "down_late_s")).max().item()
+        yield (
+            f"Packets left {late['node'].n_unique()} links up to {1e3 * worst:.0f} ms late (99th percentile): the "
+            "machine was too busy for its links. Raise the scenario's slowdown and run again."
+        )
     dead = run.nodes.filter(~pl.col("alive"))["node"].unique(maintain_order=True).to_list()
     if dead:
         yield f"Nodes that did not live to the end: {', '.join(dead)}."
+
+
+_LATE = 0.01  # seconds behind their time that packets may leave before a report says so
 
 
 def _provenance(run: Run) -> tuple[list[str], list[str]]:

@@ -41,7 +41,7 @@ def request(framework: str, user: int, **changes: Any) -> RequestRow:
     return msgspec.structs.replace(row, **changes)
 
 
-def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1) -> Path:
+def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1, late: float | None = None) -> Path:
     with RunFolder.create(root, "quickstart") as folder:
         folder.update(frameworks=FRAMEWORKS, compute="emulated", link="unshaped", seed=7)
         picture = png(size)
@@ -57,7 +57,12 @@ def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1
                         denoiser_calls=28, rows=84, tflop=900.0, busy_s=3.0, energy_j=1200.0, overruns=0,
                     )
                 )  # fmt: skip
-        folder.add(LinkRow(round="0-semct", framework="semct", node="device-0", implementation="unshaped"))
+        folder.add(
+            LinkRow(
+                round="0-semct", framework="semct", node="device-0", implementation="userspace",
+                requested_up_rate_bps=5e6, up_late_s=late,
+            )
+        )  # fmt: skip
     return folder.path
 
 
@@ -158,6 +163,12 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
     assert "1 of 3 requests failed (semct): the edge refused" in page.text
     assert "1 of 3 requests unanswered (semct): no result within 5 s" in page.text
     assert "1/3" in page.text
+
+
+def test_packets_that_left_late_are_said_first(tmp_path: Path) -> None:
+    text = report(recorded(tmp_path / "late", late=0.025)).text
+    assert "Packets left 1 links up to 25 ms late (99th percentile): the machine was too busy for its links." in text
+    assert "Packets left" not in report(recorded(tmp_path / "in time", late=0.0004)).text
 
 
 def test_a_failed_run_is_reported_with_what_is_there(tmp_path: Path) -> None:
