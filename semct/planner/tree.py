@@ -29,7 +29,7 @@ from semct.quality import QualityModel
 from semct.routes import Cluster, Plan, Prediction, Prompt, Request, blend, route
 
 _EQUAL = 1 - 1e-6  # embeddings are float32: equal prompts may fall short of a cosine of 1 by its last bits
-_OWN = 0.2  # of the steps: measured on the embedded model, see docs/frameworks.md
+_OWN = 0.2  # of the steps: measured on the embedded model, see docs/sharing.md
 
 
 class PromptTree:
