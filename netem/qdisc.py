@@ -36,7 +36,6 @@ _LINK_LAYER_ETHERNET: Final = 1
 _FOUR_STATE, _GILBERT_ELLIOTT = 1, 2  # NETEM_LOSS_...
 _NESTED: Final = 0x8000
 _UINT32: Final = 2**32 - 1
-_ETHERNET_HEADER: Final = 14
 _UNIFORM: Final = tuple(range(-SCALE + 2, SCALE, 4))  # the quantiles from -1 to 1, as many as in the other tables
 
 Distribution = Literal["uniform", "normal", "pareto"]
@@ -113,8 +112,7 @@ def encode(state: LinkState) -> bytes:
         _attribute(_CORRELATION, struct.pack("=3I", _part(state.delay_correlation), _part(state.loss_correlation), 0)),
         _attribute(_REORDER, struct.pack("=2I", _part(state.reorder), 0)),
         _attribute(_CORRUPT, struct.pack("=2I", _part(state.corrupt), 0)),
-        # A rate is one of IP packets, as in every implementation of links: netem need not count frames' headers.
-        _attribute(_RATE, struct.pack("=IiIi", min(rate, _UINT32), -_ETHERNET_HEADER if rate else 0, 0, 0)),
+        _attribute(_RATE, struct.pack("=IiIi", min(rate, _UINT32), 0, 0, 0)),
     ]
     if rate > _UINT32:
         options.append(_attribute(_RATE_64, struct.pack("=Q", rate)))

@@ -12,8 +12,8 @@ from tests.netem.conformance import ROOT, play, settled
 pytestmark = pytest.mark.kernel
 
 LINKS = {"kernel": "netem.kernel:NetemLinks", "userspace": "netem.userspace:UserspaceLinks"}
-DEVICES, SECONDS = 8, 20
-"""At 1 % loss a link loses some 2 packets a second, so about 300 in all: enough for 6 % of goodput."""
+DEVICES, SECONDS = 4, 30
+"""At 1 % loss a link loses some 2 packets a second, so about 250 in all: enough for 6 % of goodput."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -151,7 +151,7 @@ class Cell:
         every: float,
         together: int = 1,
         size: int = 64,
-        quiet: float = 0.5,
+        quiet: float = 1.5,
         number: int = 0,
     ) -> list[Datagram]:
         """Send datagrams of `size` bytes, `together` at once `every` so many seconds; return what arrived.

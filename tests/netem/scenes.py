@@ -36,7 +36,7 @@ async def datagrams(
     every: float = 0.002,
     together: int = 10,
     size: int = 64,
-    quiet: float = 0.5,
+    quiet: float = 1.5,
 ) -> list[Any]:
     """The datagrams that arrived of `count`: number, sent, arrived, intact."""
     async with Cell(links, link=one_way(direction, state)) as cell:
@@ -107,9 +107,7 @@ async def changes(
 
     async with Cell(links, link=state(rates[-1])) as cell:
         count = train * round((every * len(rates) + 0.5) / pause)
-        traffic = asyncio.create_task(
-            cell.datagrams(direction, count, every=pause, together=train, size=UDP_PAYLOAD, quiet=1.0)
-        )
+        traffic = asyncio.create_task(cell.datagrams(direction, count, every=pause, together=train, size=UDP_PAYLOAD))
         await asyncio.sleep(0.3)
         moments = []
         for rate in rates:

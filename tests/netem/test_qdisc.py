@@ -63,7 +63,7 @@ def test_where_things_stand() -> None:
     state = LinkState(rate=Rate("8mbit"), delay=Duration("20ms"), loss=Probability(0.5), limit=7)
     options = qdisc.encode(state)
     assert struct.unpack_from("=6I", options) == (0, 7, 2**31, 0, 0, 0)
-    assert struct.unpack("=IiIi", attribute(options, 6)) == (1_000_000, -14, 0, 0)
+    assert struct.unpack("=IiIi", attribute(options, 6)) == (1_000_000, 0, 0, 0)
     assert struct.unpack("=q", attribute(options, 10)) == (20_000_000,)
     bursts = GilbertElliott(to_bad=Probability(0.25), to_good=Probability(0.5))
     loss = attribute(qdisc.encode(LinkState(bursts=bursts)), 5)
