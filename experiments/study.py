@@ -222,7 +222,7 @@ def run_comparison(
     requests = pl.DataFrame()
     for axis, label, case in grid.points():
         watch(f"{axis}: {label}" if axis != BASE else "the case as it stands")
-        found = _simulated(grid, simulator, case)
+        found = requests if axis != BASE and case == grid.base else _simulated(grid, simulator, case)
         if axis == BASE:
             requests = found
         model = load_quality_model(case.scenario.planning.quality)

@@ -244,7 +244,8 @@ def is_online(name: str) -> bool:
 
 def load(name: str) -> Framework:
     """The framework of that name; raises ``UnknownFramework``."""
-    _discover()
+    if name not in _registered:
+        _discover()
     if name not in _registered:
         raise UnknownFramework(f"framework {name!r} is not known; there is {', '.join(sorted(_registered))}")
     return _registered[name]
