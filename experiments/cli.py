@@ -124,6 +124,7 @@ def simulate(
 def study(
     name: Annotated[str, typer.Argument(help="A study that comes with the package (paper-table1, ...), or a file.")],
     seeds: Annotated[int | None, typer.Option(min=1, help="Another number of seeds than the study's.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="Only along this axis (may be given several times).")] = None,
     runs: Annotated[Path, typer.Option(help="Where the folder with tables and figures goes.")] = Path("runs"),
 ) -> None:
     """Repeat a study of the paper on the models, beside the paper's numbers."""
@@ -135,7 +136,7 @@ def study(
     from semct.quality import QualityModelError  # noqa: PLC0415
 
     try:
-        play(name, Console(), seeds=seeds, runs=runs)
+        play(name, Console(), seeds=seeds, axes=axis or (), runs=runs)
     except (
         BadScenario,
         LanguageModelError,

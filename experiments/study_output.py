@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import msgspec
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,8 +43,10 @@ from experiments.summary import ENERGY, LATENCY, QUALITY, TFLOP, UTILITY, decima
 _MEASURES = {m.column: m for m in (QUALITY, LATENCY, ENERGY, TFLOP, UTILITY)}
 
 
-def play(name: str, console: Console, *, seeds: int | None, runs: Path) -> Path:
+def play(name: str, console: Console, *, seeds: int | None, axes: Sequence[str], runs: Path) -> Path:
     """Run a study that comes with the package, or a file; print its tables and return the folder that it leaves.
+
+    ``seeds`` and ``axes`` replace the study's where they are given; the axes named in ``axes`` alone ask for no budget.
 
     Raises what ``load_study``, ``Grid`` and ``Simulator.play`` raise.
     """
@@ -52,7 +55,9 @@ def play(name: str, console: Console, *, seeds: int | None, runs: Path) -> Path:
     if isinstance(study, Curves):
         return _play_curves(study, console, runs)
     if seeds is not None:
-        study = Comparison(**{f: getattr(study, f) for f in study.__struct_fields__} | {"seeds": seeds})
+        study = msgspec.structs.replace(study, seeds=seeds)
+    if axes:
+        study = msgspec.structs.replace(study, axes=tuple(axes), budget=None)
     grid = Grid(study, path.parent / study.case)
     with console.status("loading") as status:
         simulator = Simulator(Encoder())
