@@ -223,8 +223,11 @@ class EdgeNode:
         planning: float,
     ) -> None:
         """Tell the plan with what is expected of it, now that the seconds of ``planning`` are known."""
-        expected = await asyncio.to_thread(self._planner.forecast, order, asked, plan, planning=planning)
-        planned = Planned(round=order.round, framework=order.framework, plan=_packed(expected), seconds=seconds)
+        try:
+            plan = await asyncio.to_thread(self._planner.forecast, order, asked, plan, planning=planning)
+        except Exception:  # the requests are served all the same
+            _logger.exception("round %s: the plan of %s cannot be forecast", order.round, order.framework)
+        planned = Planned(round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds)
         await session.publish(session.topics.own(self._settings.name, "planned"), planned)
 
     def _work(
