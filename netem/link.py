@@ -190,7 +190,7 @@ class LinkState(Part, frozen=True, kw_only=True):
 
     def slowed(self, factor: float) -> LinkState:
         """The state where time passes ``factor`` times slower; the queue keeps its length."""
-        if factor == 1:
+        if factor == 1 or self == LinkState():
             return self
         return msgspec.structs.replace(
             self,

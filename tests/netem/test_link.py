@@ -169,3 +169,7 @@ def test_a_state_says_what_it_does() -> None:
     assert str(LinkState(bursts=GilbertElliott(to_bad=Probability(0.01), to_good=Probability(0.2)))) == (
         "bursts gilbert-elliott to_bad 1% to_good 20% loss_bad 100% loss_good 0%"
     )
+
+
+def test_a_link_that_lets_everything_pass_is_the_same_in_a_slower_world() -> None:
+    assert Link().slowed(5) == Link()
