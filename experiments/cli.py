@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import msgspec
 import typer
@@ -242,6 +242,74 @@ def train_planner(
     except (OSError, QualityModelError) as error:
         _give_up(error)
     console.print(f"{100 * missed:.2f} % below the exact planner's utility; left in {folder}", highlight=False)
+
+
+@app.command()
+def quality(
+    *,
+    model: Annotated[
+        str, typer.Option(help="Diffusion model: 'embedded', a folder or a Hugging Face id.")
+    ] = "embedded",
+    scorer: Annotated[str, typer.Option(help="'embedded', or a CLIP model's folder or Hugging Face id.")] = "embedded",
+    prompts: Annotated[str, typer.Option(help="Prompt set to draw pairs from: a name or a YAML file.")] = "embedded",
+    pairs: Annotated[
+        Path | None, typer.Option(help="CSV with columns public,personal, or root,public,personal, instead of a set.")
+    ] = None,
+    per_band: Annotated[int, typer.Option(min=1, help="Pairs drawn from a set in each 0.1 of similarity.")] = 24,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each pair.")] = 1,
+    at: Annotated[str, typer.Option(help="Shared steps, like '0 4 8'; of triples '0-0 4-12'; else every 4th.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps T.")] = 28,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs in one denoiser call.")] = 12,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the model.")] = "float32",
+    against: Annotated[str, typer.Option(help="Quality model that triples are compared with.")] = "embedded",
+    fit: Annotated[Path | None, typer.Option(help="Measure nothing: fit a CSV (public,personal,k0,k1,...).")] = None,
+    similarity: Annotated[
+        Path | None, typer.Option(help="CSV of cosines of the prompts that --fit names by number.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="Where what --fit names is from; it stands in the curve file.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for measurements, curves and their plot.")] = Path("quality"),
+) -> None:
+    """Measure content quality against shared steps, fit the curves that planning uses, and draw them.
+
+    A measurement that was stopped goes on where it was when the same command is given again.
+    """
+    from experiments import quality as curves  # noqa: PLC0415
+    from experiments.measuring import JournalError  # noqa: PLC0415
+    from semct.diffusion import ModelNotFound  # noqa: PLC0415
+    from semct.quality import QualityModelError, ScorerError  # noqa: PLC0415
+
+    console = Console()
+    try:
+        if fit is not None:
+            curves.fit_file(fit, similarity, out, console, model=model, scorer=scorer, steps=steps, source=source)
+            return
+        courses = curves.choose(pairs, prompts, per_band)
+        order = curves.Order(
+            model=model,
+            scorer=scorer,
+            courses=courses,
+            seeds=tuple(range(seeds)),
+            cuts=curves.parse_cuts(at, len(courses[0]) - 1, steps),
+            steps=steps,
+            rows=batch,
+            device=device,
+            dtype=dtype,
+        )
+        curves.measure_and_fit(order, out, console, against=against)
+    except KeyboardInterrupt:
+        typer.echo("semct: stopped; the same command goes on from here", err=True)
+        sys.exit(130)
+    except (
+        BadScenario,
+        JournalError,
+        ModelNotFound,
+        OSError,
+        QualityModelError,
+        ScorerError,
+        curves.BadQualityOrder,
+    ) as error:
+        _give_up(error)
 
 
 @app.command("frameworks")

@@ -250,16 +250,7 @@ def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:
     wanted = scenario.prompts
     if wanted.list:
         return wanted.list
-    path = FOLDER / "prompts" / f"{wanted.set}.yaml"
-    if not path.exists():
-        path = beside / wanted.set
-    if not path.is_file():
-        have = ", ".join(sorted(p.stem for p in (FOLDER / "prompts").glob("*.yaml")))
-        raise BadScenario(
-            f"there is no prompt set {wanted.set!r}: it is neither a file {path} nor one of those that come "
-            f"with the package ({have})"
-        )
-    prompts: PromptSet = load_part(path, PromptSet, "prompt set")
+    path, prompts = load_prompt_set(wanted.set, beside)
     groups = {g.name: g for g in prompts.groups}
     unknown = [name for name in wanted.groups if name not in groups]
     if unknown:
@@ -269,6 +260,21 @@ def load_prompts(scenario: Scenario, beside: Path) -> tuple[str, ...]:
     if not found:
         raise BadScenario(f"the chosen groups of prompt set {path} hold no prompts")
     return found
+
+
+def load_prompt_set(name: str, beside: Path) -> tuple[Path, PromptSet]:
+    """A prompt set that comes with the package, or a YAML file of ``beside``, and its path; or ``BadScenario``."""
+    path = FOLDER / "prompts" / f"{name}.yaml"
+    if not path.exists():
+        path = beside / name
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in (FOLDER / "prompts").glob("*.yaml")))
+        raise BadScenario(
+            f"there is no prompt set {name!r}: it is neither a file {path} nor one of those that come "
+            f"with the package ({have})"
+        )
+    prompts: PromptSet = load_part(path, PromptSet, "prompt set")
+    return path, prompts
 
 
 def schema() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -31,6 +31,9 @@ EMBEDDED = "embedded"
 
 CLIP = "openai/clip-vit-large-patch14-336"
 """The scorer of the published SD3 Medium measurements."""
+
+_GOOD_AND_BAD = ("Good photo.", "Bad photo.")
+"""The antonyms of CLIP-IQA."""
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -143,8 +146,15 @@ class EmbeddedScorer:
         return seen.numpy(), asked.numpy()
 
 
+class Assessment(NamedTuple):
+    """Subjective and objective quality of n pictures, float32 (n,) each: cosines, and fidelities in 0..1."""
+
+    score: NDArray[np.float32]
+    fidelity: NDArray[np.float32]
+
+
 class ClipScorer:
-    """CLIP's cosine of picture and prompt.
+    """CLIP's cosine of picture and prompt, and CLIP-IQA beside it.
 
     Args:
         model: A Hugging Face id or a local folder of a CLIP model with its processor.
@@ -167,12 +177,24 @@ class ClipScorer:
         self._longest: int = network.text_model.config.max_position_embeddings
 
     def score(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """See `Scorer.score`."""
+        """See `Scorer.score`. Prompts are cut at the model's longest, 77 tokens."""
+        return self.assess(pictures, prompts).score
+
+    def assess(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> Assessment:
+        """Score pictures against their prompts, and by themselves, from one pass of the model.
+
+        The fidelity is CLIP-IQA (Wang et al., AAAI 2023), a measure without reference: how much likelier the model
+        finds "Good photo." than "Bad photo.". It makes sense on pictures like those that CLIP has seen: photographs
+        and paintings of a few hundred pixels, not drawings of 64.
+
+        Raises:
+            ScorerError: The number or form of pictures does not fit the prompts.
+        """
         _check_pairs(pictures, prompts)
-        scores = [np.empty(0, np.float32)]
+        scores, fidelities = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
         for rows in _slices(len(prompts), 32):
             inputs = self._processor(
-                text=list(prompts[rows]),
+                text=[*prompts[rows], *_GOOD_AND_BAD],
                 images=list(pictures[rows]),
                 padding=True,
                 truncation=True,
@@ -181,9 +203,10 @@ class ClipScorer:
             ).to(self._network.device)
             with torch.inference_mode():
                 outputs = self._network(**inputs)
-            cosines = functional.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
+            cosines = functional.cosine_similarity(outputs.image_embeds, outputs.text_embeds[:-2])
             scores.append(cosines.cpu().numpy())
-        return np.concatenate(scores)
+            fidelities.append(outputs.logits_per_image[:, -2:].softmax(dim=1)[:, 0].cpu().numpy())
+        return Assessment(np.concatenate(scores), np.concatenate(fidelities))
 
 
 def load_scorer(name: str = EMBEDDED, *, device: str = "cpu") -> Scorer:
@@ -243,15 +266,47 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     steepness: float
     steepness_slope: float
 
+    def drop(self, phi: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What sharing all steps costs at each similarity."""
+        far = np.maximum(1 - phi, 0) ** self.power
+        return np.asarray(self.fall * (1 + self.bend) * far / (1 + self.bend * far))
+
+    def lost(self, phi: NDArray[np.float64], shared: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+        """What part of the drop is lost after so many of `steps` shared steps, 0 to 1."""
+        middle, steepness = self.middle + self.middle_slope * phi, np.exp(self.steepness + self.steepness_slope * phi)
+        first, last = expit(-steepness * middle), expit(steepness * (steps - middle))
+        return np.asarray((expit(steepness * (shared - middle)) - first) / (last - first))
+
+    def quality(self, phi: NDArray[np.float64], shared: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+        """The mean score; arrays broadcast."""
+        return self.ceiling - self.drop(phi) * self.lost(phi, shared, steps)
+
+
+class Errors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Root mean square errors on single scores, noise of the pictures included.
+
+    `fitted` is on the pairs of the fit. All others are on *unseen* pairs, neither of whose prompts took part in it
+    (None where there were too few prompts): `unseen` of the model; `interpolated` of sigmoids fitted to bands of
+    similarity and interpolated between them, the paper's way; `mean` of the mean score at each k, whatever the
+    similarity. The last three are on unseen pairs between the first and the last measured k: `inner` of the model,
+    which knows texts only; `ceiling_known` where one picture of the personal prompt alone has been scored before;
+    `ends_known` where one of the public prompt alone has been scored against the personal prompt as well.
+    """
+
+    fitted: float
+    unseen: float | None = None
+    interpolated: float | None = None
+    mean: float | None = None
+    inner: float | None = None
+    ceiling_known: float | None = None
+    ends_known: float | None = None
+
 
 class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Predicts content quality from similarity phi and shared steps k: Q(phi, k) = ceiling - drop(phi) lost(phi, k).
 
     `model` is the diffusion model, `scorer` and `steps` (T) what it was measured with, `source` where that was,
-    `pairs` the number of (public, personal) pairs, `measurements` that of single scores. `rmse` is the root mean
-    square error on those scores, `cross_validated` that on pairs neither of whose prompts took part in the fit
-    (None where there were too few prompts), and `interpolated` what interpolating fitted sigmoids between
-    bands of similarity, the paper's way, reaches on the same pairs.
+    `pairs` the number of (public, personal) pairs, `measurements` that of single scores.
     """
 
     version: Literal[2] = 2
@@ -261,9 +316,7 @@ class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     source: str
     pairs: int
     measurements: int
-    rmse: float
-    cross_validated: float | None
-    interpolated: float | None
+    errors: Errors
     coefficients: Coefficients
 
     def quality(self, phi: ArrayLike, shared: ArrayLike) -> NDArray[np.float64]:
@@ -273,8 +326,7 @@ class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             phi: Cosine similarity of public and personal prompt; above 1 counts as 1.
             shared: Shared steps in 0..T, of any real value; it broadcasts with `phi`.
         """
-        at = np.asarray(phi, np.float64)
-        return self.coefficients.ceiling - self._drop(at) * self._lost(at, np.asarray(shared, np.float64))
+        return self.coefficients.quality(np.asarray(phi, np.float64), np.asarray(shared, np.float64), self.steps)
 
     def quality_of_segments(self, phi: ArrayLike, stops: ArrayLike) -> NDArray[np.float64]:
         """Return the predicted mean score of routes with several shared segments before the personal one.
@@ -293,19 +345,9 @@ class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         at, ends = np.broadcast_arrays(np.asarray(phi, np.float64), np.asarray(stops, np.float64))
         starts = np.concatenate([np.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
-        losses = self._drop(at) * (self._lost(at, ends) - self._lost(at, starts))
-        return self.coefficients.ceiling - np.asarray(losses.sum(axis=-1))
-
-    def _drop(self, phi: NDArray[np.float64]) -> NDArray[np.float64]:
         c = self.coefficients
-        far = np.maximum(1 - phi, 0) ** c.power
-        return np.asarray(c.fall * (1 + c.bend) * far / (1 + c.bend * far))
-
-    def _lost(self, phi: NDArray[np.float64], shared: NDArray[np.float64]) -> NDArray[np.float64]:
-        c = self.coefficients
-        middle, steepness = c.middle + c.middle_slope * phi, np.exp(c.steepness + c.steepness_slope * phi)
-        first, last = expit(-steepness * middle), expit(steepness * (self.steps - middle))
-        return np.asarray((expit(steepness * (shared - middle)) - first) / (last - first))
+        losses = c.drop(at) * (c.lost(at, ends, self.steps) - c.lost(at, starts, self.steps))
+        return c.ceiling - np.asarray(losses.sum(axis=-1))
 
 
 def load_quality_model(name_or_path: str | Path) -> QualityModel:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import curve_fit, least_squares
 from scipy.special import expit
 
-from semct.quality import Coefficients, QualityModel, QualityModelError
+from semct.quality import Coefficients, Errors, QualityModel, QualityModelError
 
 GROUPS = 11
 """Into so many groups cross-validation deals the prompts."""
@@ -23,8 +23,7 @@ BAND = 0.1
 _LEAST_PROMPTS = 6
 _LEAST_PAIRS = 8
 
-Predictor = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""From similarities, (n,), to scores at the measured shared steps, (n, steps measured)."""
+Floats = NDArray[np.float64]
 
 
 class Measurements(NamedTuple):
@@ -36,15 +35,24 @@ class Measurements(NamedTuple):
 
     public: NDArray[np.int64]
     personal: NDArray[np.int64]
-    similarity: NDArray[np.float64]
-    shared: NDArray[np.float64]
-    scores: NDArray[np.float64]
+    similarity: Floats
+    shared: Floats
+    scores: Floats
 
     def where(self, chosen: NDArray[np.bool_]) -> Measurements:
         """Return the chosen pairs only."""
         return Measurements(
             self.public[chosen], self.personal[chosen], self.similarity[chosen], self.shared, self.scores[chosen]
         )
+
+    @property
+    def pairs(self) -> int:
+        """The number of different pairs; a pair may stand here with several seeds."""
+        return len(np.unique(np.stack([self.public, self.personal]), axis=1).T)
+
+
+Predictor = Callable[[Measurements], Floats]
+"""From pairs to predictions of their scores, (..., n, m). One that looks at their scores says so."""
 
 
 def fit(measured: Measurements, *, model: str, scorer: str, steps: int, source: str) -> QualityModel:
@@ -60,32 +68,61 @@ def fit(measured: Measurements, *, model: str, scorer: str, steps: int, source: 
     Raises:
         QualityModelError: There are too few pairs, or too few numbers of shared steps.
     """
-    if len(measured.similarity) < _LEAST_PAIRS or len(np.unique(measured.shared)) < 4:
+    if measured.pairs < _LEAST_PAIRS or len(np.unique(measured.shared)) < 4:
         msg = f"A quality model needs {_LEAST_PAIRS} pairs at 4 numbers of shared steps; there are "
-        msg += f"{len(measured.similarity)} at {len(np.unique(measured.shared))}."
+        msg += f"{measured.pairs} at {len(np.unique(measured.shared))}."
         raise QualityModelError(msg)
     coefficients = fit_coefficients(measured, steps)
-
-    def ours(training: Measurements) -> Predictor:
-        partial = _family_of(fit_coefficients(training, steps, start=coefficients), steps)
-        return lambda phi: partial.quality(phi[:, None], training.shared)
-
+    fitted = _rms(_predicted(coefficients, steps, measured) - measured.scores)
     return QualityModel(
         model=model,
         scorer=scorer,
         steps=steps,
         source=source,
-        pairs=len(measured.similarity),
+        pairs=measured.pairs,
         measurements=int(measured.scores.size),
-        rmse=rmse(_family_of(coefficients, steps), measured),
-        cross_validated=cross_validate(measured, ours),
-        interpolated=cross_validate(measured, interpolated_bands),
+        errors=_errors(measured, steps, coefficients, fitted),
         coefficients=coefficients,
     )
 
 
+def _errors(measured: Measurements, steps: int, start: Coefficients, fitted: float) -> Errors:
+    def learn(training: Measurements) -> Predictor:
+        coefficients = fit_coefficients(training, steps, start=start)
+        known = [_with_known(training, steps, coefficients, ends=ends) for ends in (1, 2)]
+        bands = interpolated_bands(training)
+        mean = training.scores.mean(axis=0)
+
+        def predict(test: Measurements) -> Floats:
+            ours, means = _predicted(coefficients, steps, test), np.broadcast_to(mean, test.scores.shape)
+            return np.stack([ours, bands(test), means, *(predictor(test) for predictor in known)])
+
+        return predict
+
+    predicted = cross_validate(measured, learn)
+    if predicted is None:
+        return Errors(fitted=fitted)
+    tested = ~np.isnan(predicted[0, :, 0])
+    off = predicted[:, tested] - measured.scores[tested]
+    inner = (measured.shared > measured.shared.min()) & (measured.shared < measured.shared.max())
+    return Errors(
+        fitted=fitted,
+        unseen=_rms(off[0]),
+        interpolated=_rms(off[1]),
+        mean=_rms(off[2]),
+        inner=_rms(off[0][:, inner]),
+        ceiling_known=_rms(off[3][:, inner]),
+        ends_known=_rms(off[4][:, inner]),
+    )
+
+
 def fit_coefficients(measured: Measurements, steps: int, *, start: Coefficients | None = None) -> Coefficients:
-    """Return the coefficients of least squared error on single scores, searched from `start`."""
+    """Return the coefficients of least squared error on single scores, searched from `start`.
+
+    Scores that share a prompt err together, so n scores of p prompts tell less than n independent ones, and what the
+    curves' shape does with similarity is easily read out of chance. Coefficients of shape are drawn towards a drop
+    linear in similarity and one logistic for all similarities, as strongly as if each prompt had been scored once.
+    """
     span = max(float(np.ptp(measured.scores)), 1e-6)
     start = start or Coefficients(
         ceiling=float(measured.scores[:, measured.shared.argmin()].mean()),
@@ -101,14 +138,19 @@ def fit_coefficients(measured: Measurements, steps: int, *, start: Coefficients 
     # steepness between a straight line and a single step.
     lower = np.array([-np.inf, 0, 0.2, 0, -steps, -2 * steps, np.log(1 / steps), -3])
     upper = np.array([np.inf, 20 * span, 12, 1e4, 2 * steps, 2 * steps, np.log(40 / steps), 3])
-    phi = measured.similarity[:, None]
+    prompts = len(np.union1d(measured.public, measured.personal))
+    scatter = float(np.std(measured.scores - measured.scores.mean(axis=0)))
+    strength = scatter * np.sqrt(measured.scores.size / prompts)
 
-    def errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (_family(values, steps).quality(phi, measured.shared) - measured.scores).ravel()
+    def errors(values: Floats) -> Floats:
+        c = _coefficients(values)
+        shape = [(c.power - 1) / 1.5, c.middle_slope / (steps / 2), c.steepness_slope]
+        off = _predicted(c, steps, measured) - measured.scores
+        return np.concatenate([off.ravel(), strength * np.array(shape)])
 
     inside = np.clip(msgspec.structs.astuple(start), lower + 1e-9, upper - 1e-9)
     found = least_squares(errors, inside, bounds=(lower, upper), x_scale="jac", max_nfev=300)
-    return _family(found.x, steps).coefficients
+    return _coefficients(found.x)
 
 
 def interpolated_bands(training: Measurements) -> Predictor:
@@ -117,82 +159,99 @@ def interpolated_bands(training: Measurements) -> Predictor:
     It is how the paper's Fig. 3 gives quality: L / (1 + exp(K (k - B))) + D at similarities 0.1 apart.
     """
     full = [(band, chosen) for band, chosen in bands_of(training.similarity) if chosen.sum() >= 4]
+    full = full or [(0.0, np.ones(len(training.similarity), bool))]
     bands = [band for band, _ in full]
     curves = np.array([_sigmoid_of(training.shared, training.scores[chosen].mean(axis=0)) for _, chosen in full])
 
-    def predict(phi: NDArray[np.float64]) -> NDArray[np.float64]:
-        coefficients = [np.interp(phi, bands, column)[:, None] for column in curves.T]
-        return _sigmoid(training.shared, *coefficients)
+    def predict(test: Measurements) -> Floats:
+        coefficients = [np.interp(test.similarity, bands, column)[:, None] for column in curves.T]
+        return _sigmoid(test.shared, *coefficients)
 
     return predict
 
 
-def bands_of(similarity: NDArray[np.float64]) -> list[tuple[float, NDArray[np.bool_]]]:
+def bands_of(similarity: Floats) -> list[tuple[float, NDArray[np.bool_]]]:
     """Return the bands of similarity that hold pairs: their middles, 0.1 apart, and which pairs are in them."""
     nearest = np.round(similarity / BAND).astype(int)
     return [(float(band * BAND), nearest == band) for band in np.unique(nearest)]
 
 
-def cross_validate(measured: Measurements, predictor: Callable[[Measurements], Predictor]) -> float | None:
-    """Return the root mean square error on pairs of which neither prompt took part in the fit.
+def cross_validate(measured: Measurements, learn: Callable[[Measurements], Predictor]) -> Floats | None:
+    """Predict every pair from pairs that share no prompt with it.
 
     Prompts are dealt into groups; for every two groups, the pairs between these are predicted from the pairs
     that have no prompt in either. Pairs of a prompt with itself are left out: they tell nothing about sharing.
-    None where there are too few prompts for it.
+
+    Args:
+        measured: The n pairs.
+        learn: Makes a predictor from some of them.
+
+    Returns:
+        What the predictors gave, (..., n, m), NaN where a pair was left out; None where there are too few
+        prompts to do it.
     """
     prompts = np.unique(np.concatenate([measured.public, measured.personal]))
     if len(prompts) < _LEAST_PROMPTS:
         return None
     dealt = np.random.default_rng(0).permutation(len(prompts)) % min(GROUPS, len(prompts))
     public, personal = (dealt[np.searchsorted(prompts, ids)] for ids in (measured.public, measured.personal))
-    squares, count = 0.0, 0
+    lower, upper = np.minimum(public, personal), np.maximum(public, personal)
+    different = measured.public != measured.personal
+    predicted: Floats | None = None
     for pair in itertools.combinations_with_replacement(range(dealt.max() + 1), 2):
-        mine = np.isin(public, pair), np.isin(personal, pair)
-        # Both groups, in either order; the same group twice is a pair of groups too.
-        between = (np.minimum(public, personal) == pair[0]) & (np.maximum(public, personal) == pair[1])
-        test = measured.where(between & (measured.public != measured.personal))
-        training = measured.where(~(mine[0] | mine[1]))
-        if not len(test.similarity):
+        chosen = (lower == pair[0]) & (upper == pair[1]) & different
+        training = measured.where(~np.isin(public, pair) & ~np.isin(personal, pair))
+        if not chosen.any():
             continue
-        if len(training.similarity) < _LEAST_PAIRS:
+        if training.pairs < _LEAST_PAIRS:
             return None
-        errors = predictor(training)(test.similarity) - test.scores
-        squares, count = squares + float((errors**2).sum()), count + errors.size
-    return float(np.sqrt(squares / count)) if count else None
+        found = learn(training)(measured.where(chosen))
+        if predicted is None:
+            predicted = np.full((*found.shape[:-2], *measured.scores.shape), np.nan)
+        predicted[..., chosen, :] = found
+    return predicted
 
 
-def rmse(model: QualityModel, measured: Measurements) -> float:
-    """Return a model's root mean square error on single scores."""
-    return _rms(model.quality(measured.similarity[:, None], measured.shared) - measured.scores)
+def _with_known(training: Measurements, steps: int, coefficients: Coefficients, *, ends: int) -> Predictor:
+    """The family, corrected by what a pair's score at the first measured k, or at the first and last, is off by.
+
+    How much of that carries over to other k is learnt: a share of it that changes with what is lost by then.
+    The predictor looks at those scores of its test pairs, so only what is between them tells anything.
+    """
+    known = [training.shared.argmin(), training.shared.argmax()][:ends]
+
+    def features(pairs: Measurements, base: Floats) -> Floats:
+        lost = 1 - (base - base.min(axis=1, keepdims=True)) / np.maximum(np.ptp(base, axis=1, keepdims=True), 1e-12)
+        off = [(pairs.scores - base)[:, [k]] for k in known]
+        return np.stack([part for o in off for part in (o * (1 - lost), o * lost)], axis=-1)
+
+    base = _predicted(coefficients, steps, training)
+    inner = np.ones(len(training.shared), bool)
+    inner[[training.shared.argmin(), training.shared.argmax()]] = False
+    given = features(training, base)[:, inner].reshape(-1, 2 * ends)
+    weights = np.linalg.lstsq(given, (training.scores - base)[:, inner].ravel(), rcond=None)[0]
+
+    def predict(test: Measurements) -> Floats:
+        base = _predicted(coefficients, steps, test)
+        return np.asarray(base + features(test, base) @ weights)
+
+    return predict
 
 
-def _family(values: NDArray[np.float64], steps: int) -> QualityModel:
-    names = Coefficients.__struct_fields__
+def _coefficients(values: Floats) -> Coefficients:
     numbers = (float(value) for value in values)
-    return _family_of(Coefficients(**dict(zip(names, numbers, strict=True))), steps)
+    return Coefficients(**dict(zip(Coefficients.__struct_fields__, numbers, strict=True)))
 
 
-def _family_of(coefficients: Coefficients, steps: int) -> QualityModel:
-    """A model with coefficients only, to predict with."""
-    return QualityModel(
-        model="",
-        scorer="",
-        steps=steps,
-        source="",
-        pairs=0,
-        measurements=0,
-        rmse=0,
-        cross_validated=None,
-        interpolated=None,
-        coefficients=coefficients,
-    )
+def _predicted(coefficients: Coefficients, steps: int, pairs: Measurements) -> Floats:
+    return coefficients.quality(pairs.similarity[:, None], pairs.shared, steps)
 
 
-def _sigmoid(shared: NDArray[np.float64], fall: Any, slope: Any, middle: Any, floor: Any) -> NDArray[np.float64]:
+def _sigmoid(shared: Floats, fall: Any, slope: Any, middle: Any, floor: Any) -> Floats:
     return np.asarray(fall * expit(-slope * (shared - middle)) + floor)
 
 
-def _sigmoid_of(shared: NDArray[np.float64], means: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sigmoid_of(shared: Floats, means: Floats) -> Floats:
     span, top = max(float(np.ptp(means)), 1e-6), max(float(shared.max()), 1.0)
     guess = (span, 6 / top, top / 2, float(means.min()))
     found, _ = curve_fit(
@@ -206,5 +265,5 @@ def _sigmoid_of(shared: NDArray[np.float64], means: NDArray[np.float64]) -> NDAr
     return np.asarray(found)
 
 
-def _rms(errors: NDArray[np.float64]) -> float:
+def _rms(errors: Floats) -> float:
     return float(np.sqrt(np.mean(errors**2)))

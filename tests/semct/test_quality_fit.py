@@ -32,7 +32,7 @@ def fitted(measured: Measurements) -> NDArray[np.float64]:
 
 def test_a_fit_recovers_the_curves_behind_its_data() -> None:
     truth = TRUTH.quality(np.linspace(0.2, 1, 9)[:, None], SHARED)
-    np.testing.assert_allclose(fitted(drawn(12, 0.0)), truth, atol=1e-3)
+    np.testing.assert_allclose(fitted(drawn(12, 0.0)), truth, atol=3e-3)
     np.testing.assert_allclose(fitted(drawn(12, 0.02)), truth, atol=0.02)
 
 
@@ -45,47 +45,51 @@ def test_errors_are_those_of_the_noise() -> None:
     model = fit(drawn(12, 0.02), model="test", scorer="test", steps=STEPS, source="a test")
     assert model.pairs == 144
     assert model.measurements == 144 * len(SHARED)
-    assert model.rmse == pytest.approx(0.02, rel=0.05)
-    assert model.cross_validated == pytest.approx(0.02, rel=0.08)
-    assert model.interpolated is not None
-    assert model.interpolated > model.cross_validated
+    errors = model.errors
+    assert errors.fitted == pytest.approx(0.02, rel=0.05)
+    assert errors.unseen == pytest.approx(0.02, rel=0.08)
+    assert errors.interpolated is not None
+    assert errors.mean is not None
+    assert errors.unseen < errors.interpolated < errors.mean
 
 
 def test_the_test_pairs_of_a_fold_share_no_prompt_with_its_training_pairs() -> None:
     measured = drawn(14, 0.01)
-    met: list[tuple[set[int], set[float]]] = []
+    met: list[tuple[set[int], set[int]]] = []
     tested: list[int] = []
 
     def watching(training: Measurements):  # type: ignore[no-untyped-def]
         known = {*training.public.tolist(), *training.personal.tolist()}
 
-        def predict(phi: NDArray[np.float64]) -> NDArray[np.float64]:
-            met.append((known, set(phi.tolist())))
-            tested.append(len(phi))
-            return np.zeros((len(phi), len(SHARED)))
+        def predict(test: Measurements) -> NDArray[np.float64]:
+            met.append((known, {*test.public.tolist(), *test.personal.tolist()}))
+            tested.append(len(test.similarity))
+            return np.repeat(test.similarity[:, None], len(SHARED), axis=1)
 
         return predict
 
-    error = cross_validate(measured, watching)
+    predicted = cross_validate(measured, watching)
+    assert predicted is not None
     assert sum(tested) == 14 * 13  # each pair of two different prompts once
-    for known, similarities in met:
-        pairs = np.isin(measured.similarity, list(similarities)) & (measured.public != measured.personal)
-        assert not known & {*measured.public[pairs].tolist(), *measured.personal[pairs].tolist()}
+    assert all(not known & asked for known, asked in met)
     different = measured.public != measured.personal
-    assert error == pytest.approx(np.sqrt(np.mean(measured.scores[different] ** 2)))
+    assert np.isnan(predicted[~different]).all()
+    np.testing.assert_array_equal(predicted[different, 0], measured.similarity[different])
 
 
-def test_what_differs_between_prompts_is_not_learnt_from_the_prompts_themselves() -> None:
-    measured = drawn(12, 0.001, own=0.03)
-    model = fit(measured, model="test", scorer="test", steps=STEPS, source="a test")
-    assert model.cross_validated is not None
-    assert model.cross_validated > model.rmse
+def test_what_is_known_of_a_prompt_helps() -> None:
+    errors = fit(drawn(14, 0.01, own=0.03), model="test", scorer="test", steps=STEPS, source="a test").errors
+    assert errors.inner is not None
+    assert errors.ceiling_known is not None
+    assert errors.ends_known is not None
+    assert errors.ceiling_known < 0.6 * errors.inner
+    assert errors.ends_known < 1.02 * errors.ceiling_known
 
 
 def test_too_few_prompts_cannot_be_cross_validated() -> None:
     few = drawn(4, 0.01)
     model = fit(few, model="test", scorer="test", steps=STEPS, source="a test")
-    assert model.cross_validated is None
+    assert model.errors.unseen is None
     assert msgspec.json.decode(msgspec.json.encode(model), type=type(model)) == model
 
 
@@ -110,4 +114,5 @@ def test_interpolated_bands_pass_through_their_means() -> None:
     for band, chosen in bands_of(measured.similarity):
         if chosen.sum() >= 4:
             means = measured.scores[chosen].mean(axis=0)
-            np.testing.assert_allclose(predict(np.array([band]))[0], means, atol=0.012)
+            at_band = measured.where(np.arange(len(chosen)) == 0)._replace(similarity=np.array([band]))
+            np.testing.assert_allclose(predict(at_band)[0], means, atol=0.012)
