@@ -147,6 +147,12 @@ class FourState(Bursts, frozen=True, kw_only=True, tag="four-state"):
     p23: Probability = msgspec.field(default_factory=_certain)
     p14: Probability = msgspec.field(default_factory=Probability)
 
+    def __post_init__(self) -> None:
+        if self.p13 + self.p14 > 1 or self.p31 + self.p32 > 1:
+            raise BadLink(
+                "a packet of the 4-state model goes one way only: p13 and p14 sum to at most 100%, and so do p31 and p32"
+            )
+
 
 class LinkState(Part, frozen=True, kw_only=True):
     """The wanted state of one direction of a link; the default lets everything pass at once.

@@ -85,6 +85,7 @@ def test_a_probability_is_read_back_as_it_is_written(part: float) -> None:
         ({"loss_correlation": "1%"}, "`loss_correlation` needs a `loss`"),
         ({"delay_correlation": "1%"}, "`delay_correlation` needs a `jitter`"),
         ({"limit": 0}, "a queue holds at least 1 packet, not 0"),
+        ({"bursts": {"model": "four-state", "p13": "60%", "p31": "10%", "p14": "60%"}}, "goes one way only"),
         ({"bursts": {"model": "five-state"}}, "Invalid value 'five-state'"),
         ({"speed": "1mbit"}, "Object contains unknown field `speed`"),
     ],
