@@ -82,10 +82,15 @@ class _Entry:
     vector: NDArray[np.float32]
     running: dict[int, int] = field(default_factory=dict)  # by step: requests that will take the prefix there
     latents: dict[int, _Latent] = field(default_factory=dict)
+    fresh: NDArray[np.int64] | None = None  # what ``fresh_steps`` says, until something changes
 
-    @property
-    def reach(self) -> int:
-        return max(self.running, default=0)
+    def count_fresh(self, steps: int) -> NDArray[np.int64]:
+        if self.fresh is None:
+            at, reach = np.arange(steps + 1), max(self.running, default=0)
+            held = np.array([0, *self.latents])
+            nearest = np.where(held[None, :] <= at[:, None], held[None, :], 0).max(axis=1)
+            self.fresh = at - np.maximum(nearest, np.minimum(at, reach))
+        return self.fresh
 
 
 class LatentCache:
@@ -143,12 +148,7 @@ class LatentCache:
         """How many steps (T + 1,) the node still has to run for the prefix's latent at each step."""
         with self._lock:
             entry = self._entries.get(prefix)
-            at = np.arange(prefix.steps + 1)
-            if entry is None:
-                return at
-            held = np.array([0, *entry.latents])
-            nearest = np.where(held[None, :] <= at[:, None], held[None, :], 0).max(axis=1)
-            return np.where(at <= entry.reach, 0, at - np.maximum(nearest, np.minimum(at, entry.reach)))
+            return np.arange(prefix.steps + 1) if entry is None else entry.count_fresh(prefix.steps)
 
     def plan(self, prefix: Prefix, vector: NDArray[np.float32], step: int) -> None:
         """Note that a request will take the prefix's latent at this step; what is there or coming counts as a hit."""
@@ -162,6 +162,7 @@ class LatentCache:
             )
             entry = self._entries.setdefault(prefix, _Entry(vector))
             entry.running[step] = entry.running.get(step, 0) + 1
+            entry.fresh = None
             below = [s for s in entry.latents if s <= step]
             if below:
                 latent = entry.latents[max(below)]
@@ -188,6 +189,7 @@ class LatentCache:
                 return
             self._clock += 1
             entry.latents[step] = _Latent(step, latent, uses=1, used=self._clock)
+            entry.fresh = None
             while self._held() > self._most:
                 self._evict()
 
@@ -197,6 +199,7 @@ class LatentCache:
             entry = self._entries.get(prefix)
             if entry is None:
                 return
+            entry.fresh = None
             left = entry.running.pop(step, 0) - 1
             if left > 0:
                 entry.running[step] = left
@@ -211,6 +214,7 @@ class LatentCache:
         latents = [(prefix, latent) for prefix, e in self._entries.items() for latent in e.latents.values()]
         prefix, worst = min(latents, key=lambda pair: (value(pair[1]), pair[1].used, pair[1].step))
         del self._entries[prefix].latents[worst.step]
+        self._entries[prefix].fresh = None
         self._counts = msgspec.structs.replace(self._counts, evictions=self._counts.evictions + 1)
         self._forget(prefix)
 

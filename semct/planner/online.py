@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import msgspec
@@ -138,6 +139,8 @@ class _Arrival:
         """
         request, price = self.request, self.price
         longest = min(most_shared, request.steps)
+        if any(p.prompt == request.prompt for p in self._there[0]):
+            return None  # nothing serves it better than its own prompt
         others = [(p, v) for p, v in self.cache.recent if p != request.prompt]
         others.sort(key=lambda other: -float(other[1] @ self.vector))
         near = others[:_FORESEEN]
@@ -165,12 +168,18 @@ class _Arrival:
 
     def _known(self, vector: NDArray[np.float32]) -> _Known:
         """The known prefixes, and what they are for a prompt of this vector."""
+        known, theirs, fresh = self._there
+        similarity = np.clip((theirs @ vector if known else np.empty(0)).astype(np.float64), -1, 1)
+        paid = self.price.quality[0] * lost(self.quality, similarity, self.request.steps) + self.price.rest[0]
+        return _Known(known, theirs, similarity, fresh, fresh * self.price.step[0] + paid)
+
+    @cached_property
+    def _there(self) -> tuple[list[Prefix], NDArray[np.float32], NDArray[np.int64]]:
+        """The known prefixes, their vectors (n, d) and fresh steps (n, T + 1)."""
         steps = self.request.steps
         known, theirs = self.cache.prefixes(steps, self.model)
-        similarity = np.clip((theirs @ vector if known else np.empty(0)).astype(np.float64), -1, 1)
-        fresh = np.array([self.cache.fresh_steps(p) for p in known], dtype=np.int64).reshape(-1, steps + 1)
-        paid = self.price.quality[0] * lost(self.quality, similarity, steps) + self.price.rest[0]
-        return _Known(known, theirs, similarity, fresh, fresh * self.price.step[0] + paid)
+        fresh = [self.cache.fresh_steps(p) for p in known]
+        return known, theirs, np.array(fresh, dtype=np.int64).reshape(-1, steps + 1)
 
 
 def _routes(
