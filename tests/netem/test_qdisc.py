@@ -9,6 +9,7 @@ from netem import qdisc
 from netem.link import Duration, FourState, GilbertElliott, Link, LinkState, Probability, Rate, mismatch
 
 probabilities = st.floats(0, 1).map(Probability)
+halves = st.floats(0, 0.5).map(Probability)
 likely = st.floats(1e-6, 1).map(Probability)
 durations = st.one_of(st.just(0.0), st.floats(1e-6, 3600)).map(Duration)
 models = st.one_of(
@@ -16,7 +17,7 @@ models = st.one_of(
     st.builds(
         GilbertElliott, to_bad=probabilities, to_good=probabilities, loss_bad=probabilities, loss_good=probabilities
     ),
-    st.builds(FourState, p13=probabilities, p31=probabilities, p32=probabilities, p23=probabilities, p14=probabilities),
+    st.builds(FourState, p13=halves, p31=halves, p32=halves, p23=probabilities, p14=halves),
 )
 
 
