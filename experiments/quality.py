@@ -216,7 +216,10 @@ def errors_table(model: QualityModel) -> Table:
     table = Table("root mean square error of single scores", "", box=None, pad_edge=False)
     for name, words in said.items():
         value = getattr(model.errors, name)
-        table.add_row(words, "too few prompts" if value is None else f"{value:.4f}")
+        if value is not None:
+            table.add_row(words, f"{value:.4f}")
+    if model.errors.unseen is None:
+        table.add_row("on unseen pairs", "unknown: too few prompts")
     return table
 
 
@@ -349,7 +352,7 @@ def plot(model: QualityModel, measured: Measurements, *paths: Path) -> None:
     """Draw quality against shared steps as the paper's Fig. 3 does: means of bands with standard errors, and curves."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    full = [chosen for _, chosen in bands_of(measured.similarity) if chosen.sum() >= 4]
+    full = [chosen for _, chosen in bands_of(measured.similarity) if chosen.sum() >= 2]
     fine = np.linspace(0, model.steps, 200)
     for chosen, colour in zip(full, colormaps["viridis"](np.linspace(0, 0.9, len(full))), strict=True):
         scores = measured.scores[chosen]
@@ -363,7 +366,8 @@ def plot(model: QualityModel, measured: Measurements, *paths: Path) -> None:
         ylabel="score against the personal prompt",
     )
     axes.grid(alpha=0.3)
-    axes.legend(title=f"similarity, bands of {BAND}", frameon=False, fontsize="small")
+    if full:
+        axes.legend(title=f"similarity, bands of {BAND}", frameon=False, fontsize="small")
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)

@@ -1,5 +1,6 @@
 """`semct quality`: from prompts or a published file to curves, a plot, and a word about what went wrong."""
 
+import io
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from experiments.measuring import Row, Setting, read_journal
 from experiments.quality import BadQualityOrder, Order, draw_pairs, parse_cuts, read_courses, read_published
 from semct.prompts import load_sentence_encoder
 from semct.quality import load_quality_model
-from semct.quality_fit import bands_of
+from semct.quality_fit import Measurements, bands_of, fit
 
 PROMPTS = ("a cat at night", "a dog in the snow", "a bus", "a sunflower by the sea", "a kitten at night")
 
@@ -205,6 +206,20 @@ def test_the_errors_of_levels_are_those_of_the_model() -> None:
         assert error.predicted == pytest.approx(exact[i], abs=1e-6)
         assert error.error == pytest.approx(0.1, abs=1e-6)
         assert error.unexplained == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_pairs_are_drawn_and_their_errors_said_to_be_unknown(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids, similarity = np.arange(8), np.linspace(0, 0.9, 8)  # no two in a band
+    scores = load_quality_model("embedded").quality(similarity[:, None], np.arange(0, 29, 4))
+    scores += rng.normal(0, 0.01, scores.shape)
+    measured = Measurements(ids % 4, (ids + 1) % 5, similarity, np.arange(0, 29, 4.0), scores)
+    model = fit(measured, model="mine", scorer="mine", steps=28, source="a test")
+    console = Console(width=100, record=True, file=io.StringIO())
+    quality.deliver(model, measured, tmp_path, console)
+    assert "unknown: too few prompts" in console.export_text()
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
 def test_a_model_is_written_as_it_is_read(tmp_path: Path) -> None:
