@@ -36,6 +36,7 @@ from tests.netem.conformance import ROOT
 TABLES = np.array([table("normal"), table("pareto")], np.float64) / SCALE
 
 probabilities = st.floats(0, 1).map(Probability)
+halves = st.floats(0, 0.5).map(Probability)
 certain_or_not = st.sampled_from([Probability(p) for p in (0.0, 0.1, 0.5, 1.0)])
 bursts = st.one_of(
     st.none(),
@@ -46,7 +47,7 @@ bursts = st.one_of(
         loss_bad=probabilities,
         loss_good=probabilities,
     ),
-    st.builds(FourState, p13=probabilities, p31=probabilities, p32=probabilities, p23=probabilities, p14=probabilities),
+    st.builds(FourState, p13=halves, p31=halves, p32=halves, p23=probabilities, p14=halves),
 )
 
 
