@@ -307,16 +307,26 @@ def per_round(
 def averages(rounds: pl.DataFrame) -> pl.DataFrame:
     """Per axis, point and framework: each measure's mean over repetitions and ``_ci95``, and the gain of SemCT.
 
-    ``gain`` is the mean over repetitions of SemCT's utility over the framework's, less 1.
+    ``gain`` is the mean over repetitions of SemCT's utility over the framework's, less 1; ``gain_above`` the same
+    with the utility of device-only inference taken off both, which depends on no choice of zero.
     """
     columns = [*MEASURES, "implied"]
     keys = ["axis", "point", "repetition"]
     semct = rounds.filter(framework="semct").select(*keys, semct_utility="utility")
-    joined = rounds.join(semct, on=keys, how="left").with_columns(gain=pl.col("semct_utility") / pl.col("utility") - 1)
+    alone = rounds.filter(framework="device-only").select(*keys, zero="utility")
+    above = pl.col("semct_utility") - pl.col("zero"), pl.col("utility") - pl.col("zero")
+    joined = (
+        rounds.join(semct, on=keys, how="left")
+        .join(alone, on=keys, how="left")
+        .with_columns(
+            gain=pl.col("semct_utility") / pl.col("utility") - 1,
+            gain_above=pl.when(above[1] > 0).then(above[0] / above[1] - 1),
+        )
+    )
     found = []
     for (axis, point, framework), group in joined.group_by("axis", "point", "framework", maintain_order=True):
         row: dict[str, Any] = {"axis": axis, "point": point, "framework": framework}
-        for column in (*columns, "gain"):
+        for column in (*columns, "gain", "gain_above"):
             row[column], row[f"{column}_ci95"] = _mean_and_half(group[column].drop_nulls().to_numpy())
         found.append(row)
     return pl.DataFrame(found)

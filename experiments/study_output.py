@@ -95,6 +95,7 @@ def base_table(study: Comparison, table: pl.DataFrame) -> Table:
     for measure in columns:
         shown.add_column(measure.label, justify="right")
     shown.add_column("gain of semct", justify="right")
+    shown.add_column("above device-only", justify="right")
     rows = table.filter(axis=BASE)
     places = {m.column: decimals(rows[m.column].to_list()) for m in columns}
     for row in rows.iter_rows(named=True):
@@ -103,9 +104,10 @@ def base_table(study: Comparison, table: pl.DataFrame) -> Table:
         if framework in study.paper.tflop:
             cells[3] += f"\n[{study.paper.tflop[framework]:.0f}]"
         gain = "" if framework == "semct" else _percent(row["gain"], row["gain_ci95"])
+        above = "" if framework == "semct" else _percent(row["gain_above"], row["gain_above_ci95"])
         if framework in study.paper.gain:
             gain += f"\n[{100 * study.paper.gain[framework]:.1f} %]"
-        shown.add_row(framework, *(c.replace("[", r"\[") for c in cells), gain.replace("[", r"\["))
+        shown.add_row(framework, *(c.replace("[", r"\[") for c in [*cells, gain, above]))
     return shown
 
 

@@ -154,7 +154,18 @@ def test_gains_and_intervals_are_over_repetitions() -> None:
     assert other["gain_ci95"] == pytest.approx(12.706 * np.std([0.2, 0.32], ddof=1) / np.sqrt(2), rel=1e-4)
     assert semct["tflop"] == 12
     assert semct["gain"] == 0
+    assert semct["gain_above"] is None
     assert other["tflop_ci95"] == 0
+
+
+def test_gains_above_device_only_do_not_depend_on_the_zero() -> None:
+    flat = {"semct": [1.0], "edge-device": [1.0], "device-only": [1.0]}
+    for zero in (0.0, 0.3):
+        utility = {"semct": [zero + 0.3], "edge-device": [zero + 0.2], "device-only": [zero]}
+        semct, other, alone = averages(rounds(utility, flat)).iter_rows(named=True)
+        assert other["gain_above"] == pytest.approx(0.5)
+        assert semct["gain_above"] == pytest.approx(0)
+        assert alone["gain_above"] is None
 
 
 def test_the_implied_quality_is_that_of_equal_sharing() -> None:
