@@ -49,8 +49,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     Emulated nodes are saturated GPUs: their calls cost nothing beside their rows.
 
     The step is one with the main model, which every node holds; ``others`` are the paces of the other models
-    that it holds, by name. ``backlog`` are the seconds of work that earlier plans gave it and that it has not
-    finished yet, as far as the planner can tell.
+    that it holds, by name.
     """
 
     step_seconds: float
@@ -62,7 +61,6 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 8
     kind: Kind = "device"
     others: Mapping[str, Pace] = {}
-    backlog: float = 0.0
 
     def pace(self, model: str) -> Pace:
         """What a row's step with this model takes; the main model's where it is none of the others."""

@@ -153,7 +153,7 @@ class _Node:
 
     def __init__(self, state: NodeState, models: set[str]) -> None:
         self.state = state
-        self.now = state.backlog
+        self.now = 0.0
         self.ways: dict[str, _Way] = {}
         self._arrivals: list[tuple[float, Job]] = []
         denoisers: dict[str, Any] = {model: _NoModel(model) for model in models}

@@ -180,6 +180,14 @@ class Batch:
         return Plan(clusters=tuple(clusters), routes=tuple(routes), predictions=predictions)
 
     @property
+    def steps(self) -> int:
+        """The number of steps T of the requests; raises ``ValueError`` where they differ."""
+        (first, *others) = {r.steps for r in self.requests}
+        if others:
+            raise ValueError(f"the requests of one batch must have the same number of steps, not {first} and {others}")
+        return first
+
+    @property
     def alone(self) -> float:
         """The content quality of a picture that one node makes of the personal prompt."""
         return float(self.quality.quality(1.0, 0.0))

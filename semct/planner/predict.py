@@ -158,7 +158,7 @@ class _Node:
 
     def __init__(self, network: Network, name: str) -> None:
         self._state = network.nodes[name]
-        self._time = self._state.backlog
+        self._time = 0.0
         self._virtual = 0.0
         self._groups: dict[Hashable, _Group] = {}
         self._tracks: dict[tuple[Hashable, ...], tuple[_Track, _Group]] = {}
@@ -242,6 +242,7 @@ class _Run:
         self._network = network
         self._nodes: dict[str, _Node] = {}
         self._due: list[tuple[float, int, str, _Trip | None]] = []  # arrivals; None: look at the node
+        self._look: dict[str, int] = {}  # the latest look at each node: earlier ones have been overtaken
         self._free: dict[tuple[str, str], float] = defaultdict(float)
         self._order = itertools.count()
         self._finished: dict[str, float] = {}
@@ -255,7 +256,9 @@ class _Run:
     def finish(self) -> dict[str, float]:
         """Play it all, and return when each picture was there."""
         while self._due:
-            now, _, name, trip = heapq.heappop(self._due)
+            now, order, name, trip = heapq.heappop(self._due)
+            if trip is None and order != self._look[name]:
+                continue
             node = self._nodes[name]
             if trip is not None:
                 trip.at += 1
@@ -265,7 +268,8 @@ class _Run:
             elif (due := node.next()) is not None and due <= now + 1e-12:
                 self._walk(now, name, node.leave(now))
             if (due := node.next()) is not None:
-                heapq.heappush(self._due, (max(due, now), next(self._order), name, None))
+                self._look[name] = next(self._order)
+                heapq.heappush(self._due, (max(due, now), self._look[name], name, None))
         return self._finished
 
     def _walk(self, now: float, name: str, leaving: list[tuple[_Trip, tuple[Hashable, ...]]]) -> None:
