@@ -65,7 +65,6 @@ SHARED = (8, 12, 16, 20)
 ASKING = 150
 RATES = (0.5, 2, 8)
 ROWS_OF_EDGE = 8
-CEILING = 0.946  # the embedded model's score with nothing shared, by its quality curves
 NOTHING = torch.empty(0)
 
 USERS = 50
@@ -277,7 +276,7 @@ def arrivals(_: Denoiser, __: Scorer, console: Console) -> None:
             batch = cell_batch(encoder, writer, prompts, 0.4)
             batch = replace(batch, weights=Weights(quality=0.4, latency=0.3, energy=0.3))
             tflop, outcomes = Cell(batch, name, window).play(times)
-            references = [device_only(batch.network, r.device, r.steps, CEILING) for r in batch.requests]
+            references = [device_only(batch.network, r.device, r.steps, batch.alone) for r in batch.requests]
             gained = [utility(o, ref, batch.weights) for o, ref in zip(outcomes, references, strict=True)]
             latency = [o.latency for o in outcomes]
             counts = batch.cache.counts

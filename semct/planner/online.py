@@ -75,10 +75,10 @@ def plan(
     own: list[int] = []
     # The edge is shared: a step delays all that are under way there, and by as many it is itself delayed.
     waiting = 2 * cache.active + len(requests)
-    for request, vector in zip(requests, vectors, strict=True):
+    for n, (request, vector) in enumerate(zip(requests, vectors, strict=True)):
         price = prices([request], network=network, weights=weights, quality=quality, waiting=waiting)
         arrival = _Arrival(request, vector, price, cache, quality, model)
-        new = arrival.foreseeing(most_shared) if foresee else arrival.own(most_shared)
+        new = arrival.foreseeing(most_shared, len(requests) - n - 1) if foresee else arrival.own(most_shared)
         best = min((o for o in (arrival.join(most_shared), new) if o is not None), key=lambda o: o.cost, default=None)
         if foresee and best is not None and best.cost > price.rest[0, 0] + _SAME:
             best = None
@@ -132,10 +132,11 @@ class _Arrival:
         cost = float(shared * self.price.step[0] + self.price.rest[0, shared])
         return self._new(self.request.prompt, self.vector, 1.0, shared, cost) if shared else None
 
-    def foreseeing(self, most_shared: int) -> _Start | None:
+    def foreseeing(self, most_shared: int, pending: int) -> _Start | None:
         """The new prefix that promises most: its cost here, less what it would save requests like recent ones.
 
-        Recent prompts count only as far as no known prefix serves them already.
+        Recent prompts count only as far as no known prefix serves them already. As many as half of those near to it
+        are expected again, or as many as are ``pending`` beside it, where these are more.
         """
         request, price = self.request, self.price
         longest = min(most_shared, request.steps)
@@ -144,6 +145,7 @@ class _Arrival:
         others = [(p, v) for p, v in self.cache.recent if p != request.prompt]
         others.sort(key=lambda other: -float(other[1] @ self.vector))
         near = others[:_FORESEEN]
+        expected = max(_HOPE * len(near), pending) / max(len(near), 1)
         served = np.array([min(self._known(v).cost.min(initial=np.inf), price.rest[0, 0]) for _, v in near])
         best: _Start | None = None
         for count in sorted({min(c, len(near)) for c in _NEIGHBOURS}) if longest else ():
@@ -151,7 +153,7 @@ class _Arrival:
             phi = np.clip(np.array([self.vector @ mean, *(v @ mean for _, v in near)], np.float64), -1, 1)
             paid = price.quality[0] * lost(self.quality, phi, request.steps) + price.rest[0]
             saved = np.maximum(served[:, None] - np.minimum.accumulate(paid[1:], axis=1), 0).sum(axis=0)
-            worth = (paid[0] + np.arange(request.steps + 1) * price.step[0] - _HOPE * saved)[1 : longest + 1]
+            worth = (paid[0] + np.arange(request.steps + 1) * price.step[0] - expected * saved)[1 : longest + 1]
             least = float(worth.min())
             if best is None or least < best.cost - _SAME:
                 prompt = blend([request.prompt, *(p for p, _ in near[:count])])
