@@ -1,10 +1,10 @@
 """Simulates a scenario: the edge's own planning for any number of users, on the models of cost and quality alone.
 
-There are no processes, no links and no pictures. What each request gets is what the edge forecasts in a run, by playing
-the plan through its engine in virtual time; for more than ``PLAYED`` users it is what the plan itself predicts, by the
-closed forms of ``semct.cost``. Users take the scenario's prompts as in a run, so thousands of users ask for what the
-prompt set holds many times over; other than in a run, each has noise of its own, so that two users with the same
-prompt share steps only where a plan says so.
+There are no processes and no pictures; links are what they are at the start of a round. What each request gets is what
+the edge forecasts in a run, by playing the plan through its engine in virtual time; for more than ``PLAYED`` users it
+is what the plan itself predicts, by the closed forms of ``semct.cost``. Users take the scenario's prompts as in a run,
+so thousands of users ask for what the prompt set holds many times over; other than in a run, each has noise of its
+own, so that two users with the same prompt share steps only where a plan says so.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from rich.console import Console
 from broker import messages
 from edge_node.planning import NodeLinks, Planner
 from edge_node.process import load_writer
+from experiments.links import courses
 from experiments.record import Provenance, new_folder, provenance
-from experiments.runner import device_settings, drawn_prompts, edge_settings, helper_settings
+from experiments.runner import device_settings, drawn_prompts, edge_settings, helper_settings, link_settings
 from experiments.scenario import Scenario, load_prompts, load_scenario, to_yaml
 from experiments.summary import render, summarise, write_csv
 from netem.course import Setting, resolve
@@ -168,6 +169,28 @@ class Simulator:
             return {
                 device.name: NodeLinks(up=_link(link.up, radio.device_watts), down=_link(link.down, radio.edge_watts))
                 for device, link in zip(device_settings(scenario), links, strict=True)
+            }
+
+        return drawn
+
+    def links_of(self, scenario: Scenario, beside: Path) -> Callable[[int], Mapping[str, NodeLinks]]:
+        """The links that a scenario itself gives its nodes, at the start of each repetition, as a run's edge is told.
+
+        ``beside`` is where its trace files lie. Raises ``BadScenario``.
+        """
+        settings, radio = link_settings(scenario), scenario.radio
+
+        def drawn(repetition: int) -> dict[str, NodeLinks]:
+            if not scenario.shapes_links:
+                return {}
+            found = courses(settings, scenario.seed + repetition, beside)
+            links = {node: course.at(0.0) for node, course in found.items()}
+            return {
+                node: NodeLinks(
+                    up=Link(rate=link.up.goodput or math.inf, delay=float(link.up.delay), watts=radio.device_watts),
+                    down=Link(rate=link.down.goodput or math.inf, delay=float(link.down.delay), watts=radio.edge_watts),
+                )
+                for node, link in links.items()
             }
 
         return drawn
@@ -356,7 +379,10 @@ def play(path: Path, console: Console, *, users: int | None, repetitions: int | 
     with console.status("loading") as status:
         simulator = Simulator(Encoder())
         found = simulator.play(
-            scenario, prompts, watch=lambda framework, repetition: status.update(f"{framework}, seed {repetition + 1}")
+            scenario,
+            prompts,
+            links=simulator.links_of(scenario, path.parent),
+            watch=lambda framework, repetition: status.update(f"{framework}, seed {repetition + 1}"),
         )
     summary = summarise(found.requests, frameworks=scenario.frameworks)
     console.print(render(summary))

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.scenario import FOLDER, Devices, Scenario, load_prompts, load_scenario
+from experiments.scenario import FOLDER, DeviceLinks, Devices, Scenario, load_prompts, load_scenario
 from experiments.simulation import (
     Encoder,
     RememberingWriter,
@@ -18,6 +18,7 @@ from experiments.simulation import (
     with_users,
 )
 from experiments.summary import summarise
+from netem.link import decode_quantity
 from semct.public_prompt import PublicPrompt
 
 QUICKSTART = FOLDER / "scenarios" / "quickstart.yaml"
@@ -70,6 +71,23 @@ def test_the_same_seed_gives_the_same_simulation(simulator: Simulator) -> None:
 def test_users_with_the_same_prompt_share_by_plan_only(simulator: Simulator) -> None:
     made = with_users(scenario(frameworks=("edge-device",)), 40)
     assert simulated(simulator, made).requests["tflop"].sum() == pytest.approx(40 * 28 * 12)
+
+
+def test_a_scenarios_links_are_those_of_the_simulation(simulator: Simulator) -> None:
+    slow = msgspec.convert({"down": {"rate": "1mbit"}}, DeviceLinks, dec_hook=decode_quantity)
+    quick = scenario(frameworks=("clustering-free", "device-only"), links=DeviceLinks())
+    made = msgspec.structs.replace(quick, links=slow)
+    prompts = load_prompts(made, QUICKSTART.parent)
+    latency = [
+        dict(
+            simulator.play(s, prompts, links=simulator.links_of(s, QUICKSTART.parent))
+            .requests.group_by("framework")
+            .agg(pl.col("latency_s").mean())
+            .iter_rows()
+        )
+        for s in (quick, made)
+    ]
+    assert latency[1]["clustering-free"] > latency[0]["clustering-free"] + 0.01
 
 
 def test_groups_of_devices_keep_their_proportions() -> None:
