@@ -10,7 +10,7 @@ time, and keeps the best of the joint decisions that they come by. How they lear
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
@@ -43,6 +43,7 @@ PARTS = 8
 SHIPPED = Path(__file__).parents[1] / "assets" / "planner" / "policy.safetensors"
 """The policy that comes with the package."""
 
+_LOADS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # parts of the clusters that are on the edge at a start
 _FORMAT = "semct-policy"
 _VERSION = 1
 _LOOKED_AT = (2, 4, 6, 8, 10, 13)  # values of x at which an agent sees what sharing costs it
@@ -197,6 +198,24 @@ def most_shared(field: Field) -> Ints:
     return np.where(several, field.prices.lost.shape[1] - 1, 0)[field.cluster]
 
 
+def _loads(field: Field, longest: Ints) -> Iterator[Ints]:
+    """Own steps on the edge (users,) to start from: of no cluster, of some, of all of them.
+
+    No agent alone can move a whole cluster there, so the controller begins with those that gain most for their time.
+    """
+    size = field.per_cluster(np.ones(field.users))
+    gain = field.per_cluster(field.prices.device - field.prices.edge - field.prices.sent / field.prices.steps)
+    worth = gain / np.sqrt(field.per_cluster(field.prices.second) * field.step[field.batch] * size)
+    clusters = field.per_batch(np.ones(len(field.batch)))
+    order = np.lexsort((-worth, field.batch))
+    place = np.empty(len(order))
+    first = np.concatenate([[0], np.cumsum(clusters)[:-1]])
+    place[order] = np.arange(len(order)) - first[field.batch[order]]
+    for part in _LOADS:
+        on_edge = place < np.rint(part * clusters)[field.batch]
+        yield np.where(on_edge[field.cluster], field.prices.steps - longest, 0)
+
+
 def personal(level: Ints, shared: Ints, steps: int) -> Ints:
     """y for an agent's level of it, rounded to whole steps."""
     return np.rint(level * (steps - shared) / (LEVELS - 1)).astype(np.int64)
@@ -226,19 +245,18 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def decide(self, field: Field) -> tuple[Ints, Ints]:
-        """x and y (users,): the best joint decision of each batch that the agents come by, from three starts."""
+        """x and y (users,): the best joint decision of each batch that the agents come by."""
         nothing, longest = np.zeros(field.users, dtype=np.int64), most_shared(field)
         best: tuple[Ints, Ints] = (nothing, nothing)
         least = cost(field, *best)
-        everything = field.prices.steps - longest
-        for start in ((nothing, nothing), (longest, nothing), (longest, everything)):
-            decided = start
+        for decided in [best, *((longest, edge) for edge in _loads(field, longest))]:
+            x, y = decided
             for turn in range(ROUNDS * PARTS):
                 acting = np.flatnonzero(np.arange(field.users) % PARTS == turn % PARTS)
-                decided = self._turn(field, *decided, acting, longest)
-                found = cost(field, *decided)
+                x, y = self._turn(field, x, y, acting, longest)
+                found = cost(field, x, y)
                 better = (found < least)[field.batch[field.cluster]]
-                best = (np.where(better, decided[0], best[0]), np.where(better, decided[1], best[1]))
+                best = (np.where(better, x, best[0]), np.where(better, y, best[1]))
                 least = np.minimum(found, least)
         return best
 
