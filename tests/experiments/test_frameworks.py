@@ -75,6 +75,9 @@ def test_each_node_does_what_its_framework_asks_of_it(run: Run) -> None:
     assert rows["edge", "cloud-only"] == rows["edge", "device-only"] == 0
     assert rows["edge", "load-balanced"] + rows["edge-2", "load-balanced"] == 16
     assert rows["edge-2", "load-balanced"] > 0
+    assert rows["cloud", "cloud-edge"] >= 4
+    assert rows["edge", "cloud-edge"] >= 4
+    assert rows["cloud", "cloud-edge"] + rows["edge", "cloud-edge"] == rows["edge", "stage-wise"] == 16
     roles = dict(run.nodes.select("node", "role").unique().iter_rows())
     assert (roles["edge"], roles["edge-2"], roles["cloud"], roles["device-1"]) == ("edge", "edge", "cloud", "device")
     far = run.requests.filter(framework="cloud-only")

@@ -115,13 +115,12 @@ def test_fewer_steps_where_quality_counts_for_nothing_and_all_where_it_is_everyt
 @pytest.mark.parametrize(("name", "first"), [("stage-wise", "edge"), ("cloud-edge", "cloud")])
 def test_the_large_model_comes_first_and_the_small_one_finishes_on_the_edge(name: str, first: str) -> None:
     careful = plan_of(name, batch(weights=Weights(quality=1, latency=0, energy=0)))
-    scores = load_tradeoffs().switch_factor(np.arange(STEPS + 1), STEPS)
-    large = int(scores.argmax())
-    for route in spans(careful):
-        expected = [(first, "large", large), ("edge", "small", STEPS - large)]
-        assert route == [span for span in expected if span[2]]
+    scores = load_tradeoffs().switch_factor(np.arange(1, STEPS), STEPS)
+    large = 1 + int(scores.argmax())
+    assert spans(careful) == [[(first, "large", large), ("edge", "small", STEPS - large)]] * 6
     hasty = plan_of(name, batch(weights=Weights(quality=0, latency=0, energy=1)))
-    assert spans(hasty) == [[("edge", "small", STEPS)]] * 6
+    assert spans(hasty) == [[(first, "large", 1), ("edge", "small", STEPS - 1)]] * 6
+    assert spans(plan_of(name, batch(steps=1))) == [[(first, "large", 1)]] * 6
 
 
 def test_device_edge_splits_by_who_is_faster() -> None:
