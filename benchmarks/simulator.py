@@ -22,8 +22,9 @@ from experiments.scenario import Cloud, Devices, Edge, MoreEdges, Planning, Prom
 from experiments.simulation import Encoder, SimulationFailed, Simulator
 from semct import frameworks
 
-LIMIT = 30.0  # seconds for 14 frameworks
-FOR = 14
+LIMIT = 30.0  # seconds for the frameworks of the paper, together
+BEYOND = ("hierarchical", "semct-async", "semct-tree")
+"""Frameworks that the paper does not have: shown, and not part of the limit."""
 
 
 def main() -> None:
@@ -53,21 +54,19 @@ def main() -> None:
     table.add_column("framework")
     table.add_column("seconds", justify="right")
     total = 0.0
-    for name in arguments.frameworks:
+    own = [name for name in arguments.frameworks if name not in BEYOND]
+    for name in (*own, *(name for name in arguments.frameworks if name in BEYOND)):
         start = time.process_time()
         try:
             simulator.play(msgspec.structs.replace(scenario, frameworks=(name,)), prompts)
         except SimulationFailed as error:
             sys.exit(f"benchmarks/simulator.py: {error}")
         seconds = time.process_time() - start
-        total += seconds
+        total += seconds if name in own else 0.0
         table.add_row(name, f"{seconds:.2f}")
-        print(f"{name}: {seconds:.2f} s", file=sys.stderr, flush=True)
-    table.add_row("all", f"{total:.2f}")
     Console().print(table)
-    allowed = LIMIT * len(arguments.frameworks) / FOR
-    print(f"{total:.1f} s for {len(arguments.frameworks)} frameworks; at most {allowed:.1f} s are allowed")
-    if total > allowed:
+    print(f"{total:.1f} s for the {len(own)} frameworks of the paper; at most {LIMIT:.0f} s are allowed")
+    if total > LIMIT:
         sys.exit(1)
 
 
