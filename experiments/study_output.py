@@ -93,7 +93,7 @@ def base_table(study: Comparison, table: pl.DataFrame) -> Table:
     shown.add_column("framework", no_wrap=True)
     columns = [QUALITY, LATENCY, ENERGY, TFLOP, UTILITY]
     for measure in columns:
-        shown.add_column(measure.label, justify="right")
+        shown.add_column(measure.label, justify="right", min_width=7)
     shown.add_column("gain of semct", justify="right")
     shown.add_column("above device-only", justify="right")
     rows = table.filter(axis=BASE)

@@ -47,7 +47,7 @@ def test_there_are_enough_prompts_of_every_closeness(name: str, least: int) -> N
     assert all(len(set(group.prompts)) == len(group.prompts) for group in prompts.groups)
 
 
-@pytest.mark.parametrize("name", ["embedded", "full"])
+@pytest.mark.parametrize("name", ["embedded", "full", "three-animals"])
 def test_groups_are_as_close_as_their_label_says(name: str) -> None:
     encoder = load_sentence_encoder()
     measured = {group.name: mean_similarity(encoder.embed(group.prompts)) for group in load(name).groups}
