@@ -412,6 +412,7 @@ def main() -> None:
     """The installed command."""
     # What the model libraries have to say at import helps nobody here; the nodes inherit it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()
 
