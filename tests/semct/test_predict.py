@@ -66,7 +66,10 @@ def test_it_agrees_with_the_engine_within_a_few_calls(made: tuple[list[Request],
         # A full call may have begun when a request comes, and another one makes the order of a few rows.
         slack = sum(3 * ROWS * STEP.get(node, 0.5 / ROWS) for node in r.nodes)
         assert found[r.request] == pytest.approx(played[r.request].latency, rel=0.25, abs=slack)
-    assert sum(spent.values()) == pytest.approx(sum(p.energy for p in played.values()))
+    # The engine runs a step again for a request that comes when those who share it have passed.
+    alone = sum(sum(energies([r], [way], network=cell).values()) for r, way in zip(requests, routes, strict=True))
+    total = sum(p.energy for p in played.values())
+    assert sum(spent.values()) * (1 - 1e-6) <= total <= alone * (1 + 1e-6)
 
 
 def test_one_request_alone_is_arithmetic() -> None:
