@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from broker.messages import Result, Stage
 from experiments import rows
+from experiments.cli import app
 from experiments.links import LinkControl, Replay, Set, Show, ask, courses, newest_running, parse_change, render
 from experiments.places import PlaceFailed
 from experiments.scenario import BadScenario, Radio, load_scenario
@@ -214,3 +216,23 @@ def test_a_scenario_says_what_its_links_are(tmp_path: Path) -> None:
     assert load_scenario(path).links.down == LinkState(rate=Rate(160e6))
     path.write_text("name: s\ndevices: [{count: 2}]\n")
     assert not load_scenario(path).shapes_links
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show"], "no testbed is running into a folder of"),
+        (
+            ["set", "device-1", "--up", "speed 3mbit"],
+            "'speed 3mbit' is no state: Object contains unknown field `speed`",
+        ),
+        (["set", "device-1", "--down", "rate 3furlongs"], "'3furlongs' is no rate: write it like 20mbit"),
+    ],
+)
+def test_the_command_says_in_one_sentence_what_it_cannot_do(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    done = CliRunner().invoke(app, ["link", *arguments, "--runs", str(tmp_path)])
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
