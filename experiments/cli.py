@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -100,24 +102,10 @@ def simulate(
     runs: Annotated[Path, typer.Option(help="Where the folder with tables goes.")] = Path("runs"),
 ) -> None:
     """Plan a scenario as its edge would, and print what the models predict: no nodes, up to 100,000 users."""
-    from experiments.simulation import SimulationFailed, play  # noqa: PLC0415
-    from semct.compute import UnknownProfile  # noqa: PLC0415
-    from semct.frameworks import UnknownFramework  # noqa: PLC0415
-    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
-    from semct.quality import QualityModelError  # noqa: PLC0415
+    from experiments.simulation import play  # noqa: PLC0415
 
-    try:
+    with _simulating():
         play(scenario, Console(), users=users, repetitions=seeds, runs=runs)
-    except (
-        BadScenario,
-        LanguageModelError,
-        OSError,
-        QualityModelError,
-        SimulationFailed,
-        UnknownFramework,
-        UnknownProfile,
-    ) as error:
-        _give_up(error)
 
 
 @app.command()
@@ -128,25 +116,10 @@ def study(
     runs: Annotated[Path, typer.Option(help="Where the folder with tables and figures goes.")] = Path("runs"),
 ) -> None:
     """Repeat a study of the paper on the models, beside the paper's numbers."""
-    from experiments.simulation import SimulationFailed  # noqa: PLC0415
     from experiments.study_output import play  # noqa: PLC0415
-    from semct.compute import UnknownProfile  # noqa: PLC0415
-    from semct.frameworks import UnknownFramework  # noqa: PLC0415
-    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
-    from semct.quality import QualityModelError  # noqa: PLC0415
 
-    try:
+    with _simulating():
         play(name, Console(), seeds=seeds, axes=axis or (), runs=runs)
-    except (
-        BadScenario,
-        LanguageModelError,
-        OSError,
-        QualityModelError,
-        SimulationFailed,
-        UnknownFramework,
-        UnknownProfile,
-    ) as error:
-        _give_up(error)
 
 
 @app.command()
@@ -433,6 +406,29 @@ def _show(console: Console, folder: Path) -> None:
         console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
     except (NotARun, Unwritable) as error:
         typer.echo(f"semct: {error}", err=True)
+
+
+@contextmanager
+def _simulating() -> Iterator[None]:
+    """Give up in one sentence on what a simulation can fail of."""
+    from experiments.simulation import SimulationFailed  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
+    from semct.quality import QualityModelError  # noqa: PLC0415
+
+    try:
+        yield
+    except (
+        BadScenario,
+        LanguageModelError,
+        OSError,
+        QualityModelError,
+        SimulationFailed,
+        UnknownFramework,
+        UnknownProfile,
+    ) as error:
+        _give_up(error)
 
 
 def _ask_links(question: Show | Set | Replay, run: Path | None, runs: Path) -> None:

@@ -26,7 +26,7 @@ from semct.cache import LatentCache
 from semct.clustering import Dendrogram, Number, Partition, best_silhouette, dendrogram
 from semct.cost import Network, Weights
 from semct.forecast import forecast
-from semct.planner import tree, two_tier
+from semct.planner import online, tree, two_tier
 from semct.planner.learned import Policy
 from semct.planner.predict import predict
 from semct.prompts import SentenceEncoder
@@ -120,6 +120,25 @@ class Batch:
         with self.timed("embed"):
             targets = embed_prompts(self.encoder, [p.text for p in public])
         return [np.clip(vectors[list(g)] @ targets[m], -1, 1).astype(np.float64) for m, g in enumerate(groups)]
+
+    def plan_online(self, *, foresee: bool) -> Plan:
+        """Each request onto a running or cached prefix, or onto one of its own, timed as ``plan``; see ``online.plan``.
+
+        With ``foresee`` a request may found a public prompt for later ones.
+        """
+        vectors = self.embed(self.prompts)
+        with self.timed("plan"):
+            return online.plan(
+                self.requests,
+                vectors,
+                self.cache,
+                model=self.model,
+                network=self.network,
+                weights=self.weights,
+                quality=self.quality,
+                most_shared=self.most_shared,
+                foresee=foresee,
+            )
 
     def plan(
         self,

@@ -10,23 +10,10 @@ runs, while here the first of its kind runs ``most_shared`` steps on the edge, a
 """
 
 from semct.frameworks import Batch, framework
-from semct.planner import online
 from semct.routes import Plan
 
 
 @framework("cached", online=True)
 def plan(batch: Batch) -> Plan:
     """Each request from the cached latent that serves it best, or else from its own noise, into the cache."""
-    vectors = batch.embed(batch.prompts)
-    with batch.timed("plan"):
-        return online.plan(
-            batch.requests,
-            vectors,
-            batch.cache,
-            model=batch.model,
-            network=batch.network,
-            weights=batch.weights,
-            quality=batch.quality,
-            most_shared=batch.most_shared,
-            foresee=False,
-        )
+    return batch.plan_online(foresee=False)

@@ -9,23 +9,10 @@ recent ones like it, as many as promise to save later requests more than they co
 """
 
 from semct.frameworks import Batch, framework
-from semct.planner import online
 from semct.routes import Plan
 
 
 @framework("semct-async", online=True)
 def plan(batch: Batch) -> Plan:
     """Each request onto the running or cached public prompt that serves it best, or onto a new one."""
-    vectors = batch.embed(batch.prompts)
-    with batch.timed("plan"):
-        return online.plan(
-            batch.requests,
-            vectors,
-            batch.cache,
-            model=batch.model,
-            network=batch.network,
-            weights=batch.weights,
-            quality=batch.quality,
-            most_shared=batch.most_shared,
-            foresee=True,
-        )
+    return batch.plan_online(foresee=True)
