@@ -252,7 +252,10 @@ class CacheCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spent(Message, frozen=True, kw_only=True):
-    """Node to runner, when a round is over on it: totals that no single request shows."""
+    """Node to runner, when a round is over on it: totals that no single request shows.
+
+    ``shortages`` are denoiser calls for which memory did not suffice.
+    """
 
     round: Identifier
     node: Name
@@ -262,6 +265,7 @@ class Spent(Message, frozen=True, kw_only=True):
     busy: Amount
     joules: Amount
     overruns: int
+    shortages: Count = 0
     cache: CacheCounts | None = None
 
 

@@ -109,6 +109,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
     ``rows`` are denoised latents summed over the ``denoiser_calls``; ``busy_s`` seconds of the emulated
     world; ``memory_mib`` the process's private memory (USS) in MiB; ``alive`` whether it lived at the end.
+    ``shortages`` are denoiser calls for which memory did not suffice, after which calls had half as many rows.
     ``cache_*`` are the edge's, where the framework caches latents: requests that started from what was there or coming
     and those that did not, denoising steps that this saved, latents dropped, and the MB that are held at the end.
     """
@@ -123,6 +124,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float
     energy_j: float
     overruns: int
+    shortages: int = 0
     cache_hits: int | None = None
     cache_misses: int | None = None
     cache_steps_saved: int | None = None

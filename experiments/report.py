@@ -269,6 +269,9 @@ def _warnings(run: Run) -> Iterator[str]:
             said = f": {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}" if reasons else "."
             where = ", ".join(lost["framework"].unique(maintain_order=True))
             yield f"{lost.height} of {run.requests.height} requests {outcome} ({where}){said}"
+    short = run.nodes.filter(pl.col("shortages") > 0)["node"].unique(maintain_order=True).to_list()
+    if short:
+        yield f"Memory did not suffice for calls of the usual size on {', '.join(short)}: smaller ones took longer."
     late = run.links.filter(pl.max_horizontal("up_late_s", "down_late_s") > _LATE)
     if late.height:
         worst = late.select(pl.max_horizontal("up_late_s", "down_late_s")).max().item()

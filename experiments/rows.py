@@ -70,6 +70,7 @@ def node_rows(
                 busy_s=spent.busy if spent else 0.0,
                 energy_j=spent.joules if spent else 0.0,
                 overruns=spent.overruns if spent else 0,
+                shortages=spent.shortages if spent else 0,
                 **_cached(spent),
                 memory_mib=memory.get(node),
                 alive=node not in ended,

@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,6 +25,8 @@ from semct.compute import STANDS_FOR, Processor, processor
 from semct.diffusion import Denoiser
 from semct.engine import Done, Engine, Job, Totals
 from semct.routes import Segment
+
+_MOST = 1024  # requests under way: what is more is refused, or a flood would fill the memory
 
 _libc = ctypes.CDLL(None)
 
@@ -99,6 +102,8 @@ class Worker:
                     waiter = self._running.pop(done.job.request)
                     if not waiter.cancelled():
                         waiter.set_result(done)
+                for refused in self._engine.refused():
+                    self._refuse(refused.job.request, f"{self._name} cannot do its part: {refused.reason}")
 
     async def carry(
         self, work: Work, *, group: Hashable = None, weight: float = 1.0, cache: LatentCache | None = None
@@ -106,15 +111,16 @@ class Worker:
         """Run the segments of the route that are this node's turn, and return the work that is left.
 
         ``group`` and ``weight`` are the request's cluster and its share of the node; a ``cache`` may hold its first
-        steps, and takes them in. Raises ``ValueError``
-        for work that cannot be done here: another model, a missing or misshapen latent, a request that is
-        already under way.
+        steps, and takes them in. Raises ``ValueError`` for work that cannot be done here: another model, a missing or
+        misshapen latent, a request that is already under way, too many of them, memory that does not suffice.
         """
         own = tuple(takewhile(lambda s: s.node == self._name, work.route))
         if not own:
             return work
         if work.request in self._running:
             raise ValueError(f"request {work.request} is already under way on {self._name}")
+        if len(self._running) >= _MOST:
+            raise ValueError(f"{self._name} has {_MOST} requests under way and takes no more")
         arrived = time.time()
         job = Job(
             request=work.request,
@@ -156,7 +162,10 @@ class Worker:
             raise ValueError(f"request {work.request} has no latent to decode")
         latent = unpack(work.latent, self._main.latent_shape)
         start = time.time()
-        pixels, cost = await asyncio.to_thread(self._pace.decode, self._main, [latent])
+        try:
+            pixels, cost = await asyncio.to_thread(self._pace.decode, self._main, [latent])
+        except torch.OutOfMemoryError:
+            raise ValueError(f"{self._name} cannot decode: memory does not suffice for one picture") from None
         stage = Stage(
             name="decode",
             node=self._name,
@@ -186,6 +195,7 @@ class Worker:
             busy=now.seconds - before.seconds,
             joules=now.joules - before.joules,
             overruns=now.overruns - before.overruns,
+            shortages=now.shortages - before.shortages,
         )
 
     def _admit(self) -> None:
@@ -194,9 +204,12 @@ class Worker:
             try:
                 self._engine.submit(job)
             except ValueError as error:
-                waiter = self._running.pop(job.request)
-                if not waiter.cancelled():
-                    waiter.set_exception(error)
+                self._refuse(job.request, str(error))
+
+    def _refuse(self, request: str, reason: str) -> None:
+        waiter = self._running.pop(request)
+        if not waiter.cancelled():
+            waiter.set_exception(ValueError(reason))
 
 
 def received(work: Work, incoming: Incoming, receiver: str) -> Work:

@@ -9,18 +9,22 @@ next, a row costs it 1 / weight).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import msgspec
+import torch
 from torch import Tensor
 
 from semct.cache import LatentCache, Prefix
 from semct.compute import Cost, Processor
 from semct.diffusion import Denoiser
 from semct.routes import Prompt, Segment
+
+_logger = logging.getLogger(__name__)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,8 +64,15 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     modelled: bool
 
 
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that cannot be done here, and one sentence why."""
+
+    job: Job
+    reason: str
+
+
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine has done since it was made."""
+    """What the engine has done since it was made; ``shortages`` are calls for which memory did not suffice."""
 
     calls: int = 0
     rows: int = 0
@@ -69,6 +80,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     joules: float = 0.0
     flops: float = 0.0
     overruns: int = 0
+    shortages: int = 0
 
 
 @dataclass(eq=False)
@@ -117,7 +129,8 @@ class Engine:
     """Runs jobs on one node's denoisers. Synchronous: each ``call`` is one denoiser call.
 
     ``rows`` bounds a call; ``clock`` gives the times in the reports. Not thread-safe: one thread submits
-    and calls.
+    and calls. Where memory does not suffice for a call, calls get half as many rows from then on; a row for which
+    it does not suffice alone is refused.
     """
 
     def __init__(
@@ -138,6 +151,7 @@ class Engine:
         self._passes: dict[Hashable, float] = {}
         self._weights: dict[Hashable, float] = {}
         self._done: list[Done] = []
+        self._refused: list[Refused] = []
         self.totals = Totals()
 
     @property
@@ -179,13 +193,18 @@ class Engine:
     def call(self) -> list[Done]:
         """Run one denoiser call (if there is any work) and return the jobs that are finished."""
         rows = self._pick()
-        if rows:
-            self._advance(rows)
+        if rows and not self._advance(rows):
+            self._make_do(rows)
         done, self._done = self._done, []
         if not self._tracks:
             self._passes.clear()
             self._weights.clear()
         return done
+
+    def refused(self) -> list[Refused]:
+        """The jobs that had to be given up since this was asked last."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def _board(self, rider: _Rider, origin: tuple[Hashable, ...], latent: Tensor) -> None:
         """Put a rider on the track of its current segment, which starts from ``latent``."""
@@ -275,16 +294,20 @@ class Engine:
             self._passes[group] += 1 / self._weights[group]
         return picked
 
-    def _advance(self, tracks: Sequence[_Track]) -> None:
+    def _advance(self, tracks: Sequence[_Track]) -> bool:
+        """One step of these tracks in one call; whether memory sufficed for it. If not, nothing has changed."""
         started = self._clock()
         denoiser = self._denoisers[tracks[0].model]
-        latents, cost = self._processor.step(
-            denoiser,
-            [t.latents[t.step] for t in tracks],
-            [t.step for t in tracks],
-            [t.steps for t in tracks],
-            [denoiser.encode(t.prompt) for t in tracks],
-        )
+        try:
+            latents, cost = self._processor.step(
+                denoiser,
+                [t.latents[t.step] for t in tracks],
+                [t.step for t in tracks],
+                [t.steps for t in tracks],
+                [denoiser.encode(t.prompt) for t in tracks],
+            )
+        except torch.OutOfMemoryError:
+            return False
         self._count(cost, len(tracks))
         for track, latent in zip(tracks, latents, strict=True):
             self._charge(track, started, cost, 1 / len(tracks))
@@ -302,6 +325,28 @@ class Engine:
                 del self._tracks[track.key]
             for rider in leaving:
                 self._alight(rider, track)
+        return True
+
+    def _make_do(self, tracks: Sequence[_Track]) -> None:
+        """After a call for which memory did not suffice: smaller ones from now on, or none for what does not fit."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.totals = msgspec.structs.replace(self.totals, shortages=self.totals.shortages + 1)
+        for track in tracks:
+            self._passes[track.group] -= 1 / self._weights[track.group]
+        if len(tracks) > 1:
+            self._rows = len(tracks) // 2
+            _logger.warning("memory does not suffice for %d rows in one call: now %d", len(tracks), self._rows)
+            return
+        (track,) = tracks
+        del self._tracks[track.key]
+        for rider in track.riders:
+            if rider.job.cache is not None:
+                if rider.prefix is not None:
+                    rider.job.cache.reached(rider.prefix, rider.stop)
+                rider.job.cache.end()
+            reason = f"memory does not suffice for a single row of {track.model!r}: take a smaller model or picture"
+            self._refused.append(Refused(job=rider.job, reason=reason))
 
     @staticmethod
     def _charge(track: _Track, started: float, cost: Cost, part: float) -> None:
@@ -317,7 +362,8 @@ class Engine:
 
     def _count(self, cost: Cost, rows: int) -> None:
         t = self.totals
-        self.totals = Totals(
+        self.totals = msgspec.structs.replace(
+            t,
             calls=t.calls + 1,
             rows=t.rows + rows,
             seconds=t.seconds + cost.seconds,

@@ -223,3 +223,26 @@ def test_models_of_different_latents_cannot_share_a_node(tiny: Denoiser, make_ti
     larger = make_tiny(latent=8)
     with pytest.raises(ValueError, match="latents differ in shape"):
         Worker(name="me", denoisers={"a": tiny, "b": larger}, pace=Native(), rows=1, latent_dtype="float32")
+
+
+class Cramped(Native):
+    """A GPU without any memory left."""
+
+    def step(self, *_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def decode(self, *_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+async def test_where_memory_does_not_suffice_work_is_refused_in_one_sentence(tiny: Denoiser) -> None:
+    worker = Worker(name="me", denoisers={tiny.name: tiny}, pace=Cramped(), rows=4, latent_dtype="float32")
+    driving = asyncio.create_task(worker.drive())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="me cannot do its part: memory does not suffice for a single row"):
+            await worker.carry(work(leg(tiny, 0, STEPS)))
+    with pytest.raises(ValueError, match="me cannot decode: memory does not suffice"):
+        await worker.decode(work(latent=pack(tiny.noise(1), "float32")))
+    assert worker.spent("1").shortages == 2
+    driving.cancel()
+    await asyncio.wait({driving})

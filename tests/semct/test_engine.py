@@ -214,3 +214,52 @@ def test_a_start_without_a_latent_is_refused(tiny: Denoiser) -> None:
     engine = Engine({tiny.name: tiny}, Counting())
     with pytest.raises(ValueError, match="without a latent"):
         engine.submit(Job(request="r", seed=0, steps=STEPS, segments=(segment(tiny, "p", 2, 4),)))
+
+
+class Cramped(Counting):
+    """A GPU whose memory holds so many rows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        at: Sequence[int],
+        of: Sequence[int],
+        conditionings: Sequence[Conditioning],
+    ) -> tuple[list[Tensor], Cost]:
+        if len(latents) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().step(denoiser, latents, at, of, conditionings)
+
+
+def test_where_memory_does_not_suffice_calls_get_smaller_and_the_latents_stay_the_same(tiny: Denoiser) -> None:
+    pace = Cramped(3)
+    engine = Engine({tiny.name: tiny}, pace, rows=8)
+    for i in range(8):
+        engine.submit(job(tiny, f"r{i}", ("a cat", 4), seed=i, group=i % 2))
+    done = {d.job.request: d for d in finish(engine)}
+    assert max(pace.calls) == 2
+    assert engine.totals.shortages == 2  # 8 rows, 4 rows
+    assert engine.totals.rows == 32
+    for i in range(8):
+        (alone,) = tiny.run([tiny.noise(i)], 0, 4, STEPS, ["a cat"])
+        assert torch.allclose(done[f"r{i}"].latent, alone, atol=1e-5)
+
+
+def test_what_does_not_fit_alone_is_refused_and_the_rest_goes_on(tiny: Denoiser) -> None:
+    pace = Cramped(0)
+    engine = Engine({tiny.name: tiny}, pace, rows=4)
+    engine.submit(job(tiny, "r0", ("a cat", 2), ("a red cat", 2)))
+    engine.submit(job(tiny, "r1", ("a cat", 2), ("a dog", 2)))
+    assert finish(engine) == []
+    refused = engine.refused()
+    assert {r.job.request for r in refused} == {"r0", "r1"}
+    assert all("memory does not suffice for a single row" in r.reason for r in refused)
+    assert engine.refused() == []
+    pace.most = 1
+    engine.submit(job(tiny, "r0", ("a cat", 2)))
+    assert [d.job.request for d in finish(engine)] == ["r0"]
