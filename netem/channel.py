@@ -124,7 +124,7 @@ def _free_space(metres: float, ghz: float) -> float:
 class Shannon(Part, frozen=True, kw_only=True, tag_field="model", tag="shannon"):
     """``efficiency x log2(1 + SNR)`` bit/s/Hz between ``floor_db`` and a cap.
 
-    The defaults are the LTE baseline of 3GPP TR 36.942, annex A.1.
+    The defaults are the LTE baseline of 3GPP TR 36.942, annex A.
     """
 
     up_efficiency: Fraction = 0.4

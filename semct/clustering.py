@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -65,10 +64,6 @@ class Dendrogram(msgspec.Struct, frozen=True):
             raise ValueError(msg)
         equal = sum(merge.similarity >= _EQUAL for merge in self.merges)
         return self._after(max(self.prompts - clusters, equal))
-
-    def cut_at(self, similarity: float) -> Partition:
-        """Return the partition after the merges of at least this mean cosine similarity."""
-        return self._after(sum(1 for _ in takewhile(lambda m: m.similarity >= similarity, self.merges)))
 
     def _after(self, merges: int) -> Partition:
         nodes: dict[int, list[int]] = {prompt: [prompt] for prompt in range(self.prompts)}
@@ -192,19 +187,6 @@ def cosine_distances(embeddings: NDArray[np.floating]) -> NDArray[np.float64]:
             end += len(others)
     # Rounding may leave equal prompts a distance just below 0.
     return np.maximum(distances, 0.0, out=distances)
-
-
-def semantic(embeddings: NDArray[np.floating], clusters: int) -> Partition:
-    """Return K clusters of similar meaning: ``dendrogram(embeddings).cut(clusters)``.
-
-    Args:
-        embeddings: Sentence vectors, (n, d).
-        clusters: K. Fewer come out where there are fewer different prompts.
-
-    Raises:
-        ValueError: Less than one cluster is asked for.
-    """
-    return dendrogram(embeddings).cut(clusters)
 
 
 def best_silhouette(embeddings: NDArray[np.floating], grown: Dendrogram) -> int:

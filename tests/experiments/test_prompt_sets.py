@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 import experiments
-from semct.clustering import mean_similarity, semantic
+from semct.clustering import dendrogram, mean_similarity
 from semct.prompts import load_sentence_encoder
 from semct.training.scenes import BACKGROUNDS, THINGS
 
@@ -73,4 +73,4 @@ def test_eight_users_of_a_first_run_have_three_themes() -> None:
     prompts = [prompt for group in groups for prompt in group.prompts]
     themes = [tuple(prompts.index(prompt) for prompt in group.prompts) for group in groups]
     assert len(prompts) == 8
-    assert semantic(load_sentence_encoder().embed(prompts), 3) == tuple(themes)
+    assert dendrogram(load_sentence_encoder().embed(prompts)).cut(3) == tuple(themes)

@@ -19,7 +19,6 @@ from semct.clustering import (
     main_entity,
     mean_similarity,
     medoid,
-    semantic,
     together,
 )
 from semct.prompts import load_sentence_encoder
@@ -56,14 +55,14 @@ def assert_partition(partition: Partition, n: int) -> None:
 
 @given(embeddings(), st.integers(1, 15))
 def test_every_prompt_is_in_one_of_at_most_k_clusters(vectors: NDArray[np.float64], clusters: int) -> None:
-    partition = semantic(vectors, clusters)
+    partition = dendrogram(vectors).cut(clusters)
     assert_partition(partition, len(vectors))
     assert len(partition) == min(clusters, len(np.unique(vectors, axis=0)))
 
 
 @given(embeddings(), st.integers(1, 15))
 def test_equal_prompts_share_a_cluster(vectors: NDArray[np.float64], clusters: int) -> None:
-    for members in semantic(vectors, clusters):
+    for members in dendrogram(vectors).cut(clusters):
         outside = np.delete(vectors, members, axis=0)
         assert all(not (outside == vectors[i]).all(axis=1).any() for i in members)
 
@@ -71,8 +70,8 @@ def test_equal_prompts_share_a_cluster(vectors: NDArray[np.float64], clusters: i
 @given(embeddings(), st.integers(1, 15), st.randoms(use_true_random=False))
 def test_the_order_of_the_batch_changes_nothing(vectors: NDArray[np.float64], clusters: int, random: object) -> None:
     order = np.random.default_rng(random.getrandbits(32)).permutation(len(vectors))  # type: ignore[attr-defined]
-    here = {frozenset(members) for members in semantic(vectors, clusters)}
-    there = {frozenset(int(order[i]) for i in members) for members in semantic(vectors[order], clusters)}
+    here = {frozenset(members) for members in dendrogram(vectors).cut(clusters)}
+    there = {frozenset(int(order[i]) for i in members) for members in dendrogram(vectors[order]).cut(clusters)}
     assert here == there
 
 
@@ -81,14 +80,6 @@ def test_fewer_clusters_come_from_merging_two(vectors: NDArray[np.float64], clus
     tree = dendrogram(vectors)
     fine, coarse = tree.cut(clusters + 1), tree.cut(clusters)
     assert all(any(set(members) <= set(whole) for whole in coarse) for members in fine)
-
-
-@given(embeddings(), st.floats(-1, 1))
-def test_a_cut_at_a_similarity_is_one_of_the_levels(vectors: NDArray[np.float64], similarity: float) -> None:
-    tree = dendrogram(vectors)
-    partition = tree.cut_at(similarity)
-    assert_partition(partition, len(vectors))
-    assert len(partition) == len(vectors) - sum(merge.similarity >= similarity for merge in tree.merges)
 
 
 def test_average_linkage_by_hand() -> None:
@@ -104,12 +95,12 @@ def test_average_linkage_by_hand() -> None:
 
 def test_three_themes_are_found() -> None:
     vectors = load_sentence_encoder().embed(THEMES)
-    assert semantic(vectors, 3) == ((0, 2, 5), (1, 4, 7), (3, 6))
+    assert dendrogram(vectors).cut(3) == ((0, 2, 5), (1, 4, 7), (3, 6))
 
 
 def test_no_clusters_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 cluster; 0 were asked for"):
-        semantic(np.eye(3), 0)
+        dendrogram(np.eye(3)).cut(0)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -121,7 +112,7 @@ def test_together_and_alone(n: int) -> None:
 
 
 def test_nothing_to_cluster() -> None:
-    assert semantic(np.empty((0, 4)), 3) == ()
+    assert dendrogram(np.empty((0, 4))).cut(3) == ()
     assert by_entity([]) == ()
 
 
@@ -192,7 +183,7 @@ def test_a_hundred_thousand_users_with_few_different_prompts_are_clustered() -> 
     rng = np.random.default_rng(0)
     different = unit(rng.normal(size=(40, 16)))
     chosen = rng.integers(40, size=100_000)
-    partition = semantic(different[chosen].astype(np.float32), 5)
+    partition = dendrogram(different[chosen].astype(np.float32)).cut(5)
     assert_partition(partition, 100_000)
     assert len(partition) == 5
 
