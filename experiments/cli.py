@@ -372,8 +372,8 @@ def replay_link(
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
     """Write the report of a run again."""
-    from experiments.record import NotARun  # noqa: PLC0415
     from experiments.report import write_report  # noqa: PLC0415
+    from semct.runs import NotARun  # noqa: PLC0415
 
     try:
         typer.echo(write_report(run_folder))
@@ -392,9 +392,10 @@ def main() -> None:
 
 def _show(console: Console, folder: Path) -> None:
     """Print the table of a run, finished or not, and write its report."""
-    from experiments.record import NotARun, Unwritable, load_run  # noqa: PLC0415
+    from experiments.record import Unwritable  # noqa: PLC0415
     from experiments.report import write_report  # noqa: PLC0415
     from experiments.summary import prediction_errors, render, render_errors, summarise  # noqa: PLC0415
+    from semct.runs import NotARun, load_run  # noqa: PLC0415
 
     try:
         run = load_run(folder)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from experiments import figures
-from experiments.record import Run, RunInfo, Unwritable, load_run
+from experiments.record import Unwritable
 from experiments.summary import (
     MEASURES,
     PREDICTED,
@@ -30,6 +30,7 @@ from experiments.summary import (
     prediction_errors,
     summarise,
 )
+from semct.runs import Run, RunInfo, load_run
 
 STAGES = {
     "upload_s": ("upload", "upload"),

@@ -10,13 +10,13 @@ import msgspec
 
 from broker.messages import Compute, Spent, Stage
 from experiments.links import LinkControl
-from experiments.record import LinkRow, NodeRow, RequestRow, TransferRow
 from experiments.scenario import Scenario
 from experiments.served import Served
 from netem.control import Counters
 from netem.link import Link
 from semct.cost import Kind, Network, NodeState, Outcome, Weights, device_only, utility
 from semct.routes import Plan, wording
+from semct.runs import LinkRow, NodeRow, RequestRow, TransferRow
 
 _LARGE = 100_000  # bytes from which a transfer's time is the rate's rather than the delay's
 _SMALL = 1400  # bytes that one packet carries, about

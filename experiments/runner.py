@@ -26,7 +26,7 @@ from experiments.links import LinkControl, courses
 from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
-from experiments.record import RequestRow, RunFolder
+from experiments.record import RunFolder
 from experiments.scenario import Edge, Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from netem.choice import choose
@@ -36,6 +36,7 @@ from semct.cache import CacheSettings
 from semct.compute import check_names
 from semct.cost import Kind, Weights
 from semct.quality import Scorer, load_quality_model, load_scorer
+from semct.runs import RequestRow
 
 RUNNER = "runner"
 EDGE = "edge"

@@ -100,3 +100,10 @@ def test_the_hub_does_not_import_the_packet_scheduler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_reading_a_run_takes_nothing_of_the_testbed() -> None:
+    others = sorted({"torch", "transformers", "scipy", *PACKAGES} - {"semct"})
+    check = f"import sys; from semct import load_run; print(load_run.__module__, set({others}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "semct.runs set()", done.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.record import load_run
 from experiments.scenario import load_scenario
+from semct.runs import load_run
 
 
 def check(folder: Path) -> None:

@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 import yaml
 
-from experiments.record import Run, load_run
 from experiments.scenario import FOLDER, load_scenario
 from semct import frameworks
+from semct.runs import Run, load_run
 
 SCENARIO = FOLDER / "scenarios" / "frameworks.yaml"
 

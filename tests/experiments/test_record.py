@@ -13,17 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import record
-from experiments.record import (
-    LinkRow,
-    NodeRow,
-    NotARun,
-    RequestRow,
-    RunFolder,
-    TransferRow,
-    Unwritable,
-    load_run,
-    schema,
-)
+from experiments.record import RunFolder, Unwritable
+from semct.runs import LinkRow, NodeRow, NotARun, RequestRow, TransferRow, load_run, schema, table_of
 
 ROW = RequestRow(
     round="r0", framework="semct", repetition=0, request="u1", device="device-1", prompt="a cat", seed=7, steps=28,
@@ -303,7 +294,7 @@ def test_any_row_survives_journal_and_parquet(
     shared_folder: RunFolder, prompt: str, reason: str, quality: float | None, seed: int
 ) -> None:
     row = msgspec.structs.replace(ROW, prompt=prompt, reason=reason, quality=quality, seed=seed)
-    frame = record._frame(RequestRow, [row])
+    frame = table_of(RequestRow, [row])
     assert frame.row(0) == msgspec.structs.astuple(row)
     assert msgspec.json.decode(msgspec.json.encode(row), type=RequestRow).prompt == prompt
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.record import LinkRow, NodeRow, NotARun, RequestRow, RunFolder, Unwritable
+from experiments.record import RunFolder, Unwritable
 from experiments.report import write_report
+from semct.runs import LinkRow, NodeRow, NotARun, RequestRow
 
 FRAMEWORKS = ("semct", "edge-device", "device-only")
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&$x^2$ {{ 7 * 7 }}"""

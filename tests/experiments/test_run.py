@@ -15,7 +15,7 @@ import polars as pl
 import psutil
 import pytest
 
-from experiments.record import Run, load_run
+from semct.runs import Run, load_run
 
 SMALL = """
 name: small

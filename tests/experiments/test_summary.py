@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments.record import RequestRow, schema
 from experiments.summary import (
     ENERGY,
     QUALITY,
@@ -25,6 +24,7 @@ from experiments.summary import (
     summarise,
     write_csv,
 )
+from semct.runs import RequestRow, schema
 
 ROW = RequestRow(
     round="r", framework="semct", repetition=0, request="u", device="d", prompt="a cat", seed=7, steps=28,

@@ -1,0 +1,337 @@
+"""What a run left, read back as DataFrames: the types of its tables' rows, and how it stood.
+
+The one reader of run folders, for researchers as ``semct.load_run``. It lives with the method, and not with the
+experiments that write the folders, so that reading a result takes polars and nothing of the testbed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_type_hints
+
+import msgspec
+import polars as pl
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+
+class NotARun(ValueError):
+    """A folder is no run's, or lacks what makes it readable."""
+
+
+class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of one framework in one repetition.
+
+    Suffixes name the units: ``_s`` seconds of the emulated world (divided by the slowdown), ``_j`` joules,
+    ``bytes_`` bytes on the wire; ``tflop`` is the request's part of denoising, a step shared by n requests
+    counted 1/n. ``quality`` is the content quality in the scorer's unit, ``similarity`` the cosine of
+    personal and public prompt. ``shared_steps``, ``edge_steps`` and ``device_steps`` are the paper's x, y and
+    z: steps that others share, wherever they run, and own ones on edges and device; ``cloud_steps`` are own ones in
+    the cloud. The stages ``upload_s`` ... ``decode_s`` say where the time went; ``relay_s`` and ``bytes_relayed``
+    are transfers between edge and cloud nodes, which take no radio energy. ``modelled``: compute time and energy
+    come from a compute profile, not from a clock and a meter. ``image`` is a path inside the run folder.
+    """
+
+    round: str
+    framework: str
+    repetition: int
+    request: str
+    device: str
+    prompt: str
+    seed: int
+    steps: int
+    outcome: Literal["answered", "failed", "unanswered"]
+    reason: str = ""
+    cluster: int | None = None
+    public_prompt: str | None = None
+    public_source: str | None = None
+    similarity: float | None = None
+    shared_steps: int | None = None
+    edge_steps: int | None = None
+    cloud_steps: int | None = None
+    device_steps: int | None = None
+    quality: float | None = None
+    latency_s: float | None = None
+    energy_j: float | None = None
+    tflop: float | None = None
+    utility: float | None = None
+    predicted_quality: float | None = None
+    predicted_latency_s: float | None = None
+    predicted_energy_j: float | None = None
+    predicted_utility: float | None = None
+    upload_s: float = 0.0
+    collect_s: float = 0.0
+    plan_s: float = 0.0
+    queue_s: float = 0.0
+    edge_denoise_s: float = 0.0
+    cloud_denoise_s: float = 0.0
+    relay_s: float = 0.0
+    download_s: float = 0.0
+    device_denoise_s: float = 0.0
+    decode_s: float = 0.0
+    energy_edge_j: float = 0.0
+    energy_cloud_j: float = 0.0
+    energy_device_j: float = 0.0
+    energy_radio_j: float = 0.0
+    bytes_up: int = 0
+    bytes_relayed: int = 0
+    bytes_down: int = 0
+    overruns: int = 0
+    modelled: bool = False
+    image: str | None = None
+
+
+class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node spent on one round.
+
+    ``rows`` are denoised latents summed over the ``denoiser_calls``; ``busy_s`` seconds of the emulated
+    world; ``memory_mib`` the process's private memory (USS) in MiB; ``alive`` whether it lived at the end.
+    ``shortages`` are denoiser calls for which memory did not suffice, after which calls had half as many rows.
+    ``cache_*`` are the edge's, where the framework caches latents: requests that started from what was there or coming
+    and those that did not, denoising steps that this saved, latents dropped, and the MB that are held at the end.
+    """
+
+    round: str
+    framework: str
+    node: str
+    role: str
+    denoiser_calls: int
+    rows: int
+    tflop: float
+    busy_s: float
+    energy_j: float
+    overruns: int
+    shortages: int = 0
+    cache_hits: int | None = None
+    cache_misses: int | None = None
+    cache_steps_saved: int | None = None
+    cache_evictions: int | None = None
+    cache_mb: float | None = None
+    memory_mib: float | None = None
+    alive: bool = True
+
+
+class LinkRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's link in one round: as asked for when the round began, as read back from what shaped it, as measured.
+
+    ``up`` is what the node sends, ``down`` what it receives. ``requested_up`` and the like are whole states in
+    words; rates are bit/s, delays one-way seconds (without the jitter), all of the emulated world. ``changes``
+    counts those within the round. Measured are the median goodput of large transfers, headers not counted, and
+    the median of the time that small messages took over the whole way; null where there was none. What follows
+    is known of userspace links only: packets lost as asked and packets dropped by a full queue in the round, and
+    how late the 99th percentile of the run's packets left so far, in wall seconds: large where the machine was
+    too slow for its links.
+    """
+
+    round: str
+    framework: str
+    node: str
+    implementation: str
+    changes: int = 0
+    requested_up: str = ""
+    requested_down: str = ""
+    applied_up: str = ""
+    applied_down: str = ""
+    requested_up_rate_bps: float | None = None
+    requested_up_delay_s: float | None = None
+    requested_down_rate_bps: float | None = None
+    requested_down_delay_s: float | None = None
+    measured_up_rate_bps: float | None = None
+    measured_up_delay_s: float | None = None
+    measured_down_rate_bps: float | None = None
+    measured_down_delay_s: float | None = None
+    up_lost: int | None = None
+    up_dropped: int | None = None
+    up_late_s: float | None = None
+    down_lost: int | None = None
+    down_dropped: int | None = None
+    down_late_s: float | None = None
+
+
+class TransferRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a request on its way between two nodes, beside what the links on it were asked to give.
+
+    ``seconds`` are from handing it to the sender's session to its arrival, of the emulated world; ``size`` its
+    payload in bytes. ``limit_bps`` is the lowest rate of the links on the way and ``delay_s`` the sum of their
+    delays when it was sent; null where nothing limits them.
+    """
+
+    round: str
+    framework: str
+    request: str
+    sender: str
+    receiver: str
+    sent: float
+    size: int
+    seconds: float
+    goodput_bps: float
+    limit_bps: float | None = None
+    delay_s: float | None = None
+
+
+Row = RequestRow | NodeRow | LinkRow | TransferRow
+
+TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
+    "requests": (RequestRow, ("round", "framework", "request")),
+    "nodes": (NodeRow, ("round", "framework", "node")),
+    "links": (LinkRow, ("round", "framework", "node")),
+    "transfers": (TransferRow, ("round", "framework", "request", "sent")),
+}
+"""Each table's row type, and the fields that tell its rows apart."""
+
+_DTYPES: dict[Any, Any] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
+
+
+def schema(row: type[Row]) -> pl.Schema:
+    """The columns of a table of these rows; the struct is their one source."""
+    return pl.Schema({name: _dtype(hint) for name, hint in get_type_hints(row).items()})
+
+
+def _dtype(hint: Any) -> Any:
+    if isinstance(hint, UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not NoneType)
+    return _DTYPES.get(hint, pl.String)  # what remains are literals of strings
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine of a run; ``cores`` are those this process may use, ``memory_bytes`` the machine's RAM."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[str, ...] = ()
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """The git commit the code ran from; ``dirty`` says that files differed from it."""
+
+    id: str
+    dirty: bool
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """``run.json``: how a run stands, what was asked of it, and what it ran on.
+
+    ``reason`` is one sentence where the status needs one. ``frameworks`` stand in the scenario's order.
+    ``profiles`` maps nodes to their compute profiles. ``overruns`` counts calls that took longer than the
+    hardware they emulate. ``device_memory_mib`` is the private memory (USS) of each device process in MiB.
+    """
+
+    status: Status = "running"
+    reason: str = ""
+    started: datetime
+    finished: datetime | None = None
+    scenario: str
+    seed: int | None = None
+    frameworks: tuple[str, ...] = ()
+    model: str | None = None
+    compute: Literal["native", "emulated", "mixed"] | None = None
+    profiles: dict[str, str] = {}
+    slowdown: float = 1.0
+    overruns: int = 0
+    broker: str | None = None
+    link: str | None = None
+    hosts: str | None = None
+    device_memory_mib: tuple[float, ...] = ()
+    versions: dict[str, str] = {}
+    kernel: str = ""
+    hardware: Hardware | None = None
+    commit: Commit | None = None
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that was read back: ``events`` has the columns time, kind and data (the line as JSON)."""
+
+    path: Path
+    info: RunInfo
+    scenario: str
+    requests: pl.DataFrame
+    nodes: pl.DataFrame
+    links: pl.DataFrame
+    transfers: pl.DataFrame
+    events: pl.DataFrame
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run, finished or not; tables that a killed run left unwritten are made from its journal.
+
+    Raises ``NotARun`` with one sentence where the folder is none or a file of it cannot be read.
+    """
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        raise NotARun(f"{path} is no run: it has no run.json")
+    try:
+        info = msgspec.json.decode((path / "run.json").read_bytes(), type=RunInfo)
+        scenario = _text(path / "scenario.yaml")
+    except (OSError, ValueError) as error:
+        raise NotARun(f"{path} is no readable run: {error}") from error
+    events = _events(path / "events.jsonl")
+    tables = {table: _table(path, table, events) for table in TABLES}
+    return Run(path=path, info=info, scenario=scenario, events=events, **tables)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _table(path: Path, table: str, events: pl.DataFrame) -> pl.DataFrame:
+    file, kind = path / f"{table}.parquet", TABLES[table][0]
+    if not file.exists():
+        return table_of(kind, _journalled(path, table, events))
+    try:
+        frame = pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise NotARun(f"{file} cannot be read: {next(iter(str(error).splitlines()), '')}") from error
+    missing = [c for c, dtype in schema(kind).items() if frame.schema.get(c) != dtype]
+    if missing:
+        raise NotARun(f"{file} was not written by this version: no fitting column {', '.join(missing)}")
+    return frame
+
+
+def _journalled(path: Path, table: str, events: pl.DataFrame) -> list[Row]:
+    kind = TABLES[table][0]
+    rows: dict[tuple[Any, ...], Row] = {}
+    try:
+        for line in events.filter(pl.col("kind") == "row")["data"]:
+            event = msgspec.json.decode(line)
+            if event["table"] == table:
+                row = msgspec.convert(event["row"], kind)
+                rows[key(table, row)] = row
+    except (KeyError, msgspec.ValidationError) as error:
+        raise NotARun(f"{path / 'events.jsonl'} holds a row that is none of {table}: {error}") from error
+    return list(rows.values())
+
+
+class _Event(msgspec.Struct):
+    time: float
+    kind: str
+
+
+def _events(path: Path) -> pl.DataFrame:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    decoder = msgspec.json.Decoder(_Event)
+    times: list[float] = []
+    kinds: list[str] = []
+    for number, line in enumerate(lines[:-1], 1):  # a killed run may leave a torn last line
+        try:
+            event = decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NotARun(f"line {number} of {path} is no event: {error}") from error
+        times.append(event.time)
+        kinds.append(event.kind)
+    data = [line.decode(errors="replace") for line in lines[:-1]]
+    columns = {"time": pl.Float64, "kind": pl.String, "data": pl.String}
+    return pl.DataFrame({"time": times, "kind": kinds, "data": data}, schema=columns)
+
+
+def key(table: str, row: Row) -> tuple[Any, ...]:
+    """What tells this row from the others of its table."""
+    return tuple(getattr(row, field) for field in TABLES[table][1])
+
+
+def table_of(kind: type[Row], rows: list[Row]) -> pl.DataFrame:
+    """Rows as a table, empty ones with its columns."""
+    columns = schema(kind)
+    return pl.DataFrame([msgspec.structs.astuple(row) for row in rows], schema=columns, orient="row")
