@@ -20,6 +20,7 @@ MAX_PAYLOAD = 16 * 1024 * 1024
 """Bytes: nothing larger is encoded, accepted by the broker, or decoded."""
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,31}(?!\n)$")]
+HostName = Annotated[str, Meta(max_length=253)]
 Identifier = Annotated[str, Meta(min_length=1, max_length=96)]
 Prompt = Annotated[str, Meta(max_length=2000)]
 Blend = Annotated[tuple[Prompt, ...], Meta(min_length=2, max_length=64)]
@@ -117,7 +118,7 @@ class Birth(Message, frozen=True, kw_only=True):
     """Retained: who is there. The will of the session is the same message with ``state="lost"``.
 
     ``cloud`` is the edge program behind a link to a distant data centre. The first of ``models`` is the
-    testbed's main one.
+    testbed's main one. ``host`` is the name of the machine or container that the node runs on.
     """
 
     name: Name
@@ -125,7 +126,35 @@ class Birth(Message, frozen=True, kw_only=True):
     state: Literal["ready", "gone", "lost"]
     models: tuple[Identifier, ...] = ()
     compute: Compute | None = None
+    host: HostName = ""
     protocol: int = PROTOCOL
+
+
+class Enrol(Message, frozen=True, kw_only=True):
+    """Node to runner, retained under a provisional name: give me a place of the scenario.
+
+    ``wants`` is the place's name, where only that one will do. ``left`` is the run that the node was told to leave
+    just before, which must not take it in again. The will is the same message with ``state="lost"``.
+    """
+
+    name: Name
+    role: Literal["edge", "device"]
+    state: Literal["ready", "gone", "lost"]
+    wants: Name | None = None
+    left: Identifier | None = None
+    host: HostName = ""
+    protocol: int = PROTOCOL
+
+
+class Assign(Message, frozen=True, kw_only=True):
+    """Runner to a node that enrolled: be this node of the run.
+
+    ``settings`` is a map of what the node program would else read from its settings file, the name first. The node
+    keeps to its own way to the broker, whatever the ``host`` and ``port`` in it.
+    """
+
+    run: Identifier
+    settings: msgspec.Raw
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,12 +299,16 @@ class Spent(Message, frozen=True, kw_only=True):
 
 
 class Close(Message, frozen=True, kw_only=True):
-    """Runner to nodes: this round is over; report what it took. Without a round: leave."""
+    """Runner to nodes: this round is over; report what it took. Without a round: leave.
+
+    A node that enrolled and is told to leave enrols again, for the next run, unless the testbed ``ends``.
+    """
 
     round: Identifier | None = None
+    ends: bool = False
 
 
-AnyMessage = Birth | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Close
+AnyMessage = Birth | Enrol | Assign | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Close
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -29,7 +29,7 @@ import msgspec
 from aiomqtt.exceptions import MqttConnectError
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker.messages import MAX_PAYLOAD, AnyMessage, Birth, MalformedMessage, decode, encode
+from broker.messages import MAX_PAYLOAD, AnyMessage, Birth, Enrol, MalformedMessage, decode, encode
 from broker.topics import CARRIES, Topic, Topics
 
 _KEEPALIVE = 20  # seconds; an outage of 10 s must not end a session, and a dead peer is noticed in 30
@@ -91,8 +91,9 @@ class Session:
     """One node's connection to the broker, held by ``async with`` and read by ``async for``, by one task.
 
     ``birth`` is published retained on entry (and after each reconnection), with ``state="gone"`` on orderly
-    exit, ``"lost"`` when the body raised, and as the will. ``queue`` is the number of incoming messages held
-    for the reader, more than the broker's window; what comes beyond it is dropped and counted.
+    exit, ``"lost"`` when the body raised, and as the will; for a node without a place, it is its ``Enrol``.
+    ``queue`` is the number of incoming messages held for the reader, more than the broker's window; what comes
+    beyond it is dropped and counted.
     ``patience`` is how many seconds entry waits for a broker, and how long ``publish`` keeps trying.
 
     ``dropped`` counts incoming messages that did not get through, by reason: ``malformed``, ``oversized``,
@@ -107,7 +108,7 @@ class Session:
         *,
         testbed: str,
         name: str,
-        birth: Birth | None = None,
+        birth: Birth | Enrol | None = None,
         subscriptions: Sequence[str] = (),
         queue: int = 256,
         patience: float = 30.0,
@@ -121,7 +122,7 @@ class Session:
         self._host, self._port = host, port
         self._broker = f"the broker at {host}:{port}"
         self._birth = birth
-        self._presence = self.topics.own(name, "birth")
+        self._presence = self.topics.own(name, "enrol" if isinstance(birth, Enrol) else "birth")
         self._subscriptions = tuple(subscriptions)
         self._capacity = queue
         self._patience = patience

@@ -14,8 +14,10 @@ import msgspec
 
 from broker.messages import (
     Ask,
+    Assign,
     Birth,
     Close,
+    Enrol,
     Message,
     Name,
     Picture,
@@ -27,7 +29,7 @@ from broker.messages import (
     Work,
 )
 
-Outgoing = Literal["birth", "request", "forward", "result", "picture", "planned", "spent"]
+Outgoing = Literal["birth", "enrol", "request", "forward", "result", "picture", "planned", "spent"]
 """What a node publishes under its own name."""
 
 Inbox = Literal["work", "control"]
@@ -35,11 +37,12 @@ Inbox = Literal["work", "control"]
 
 What = Outgoing | Inbox
 
-Own = Literal["birth", "request", "result", "picture", "planned", "spent"]
+Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent"]
 """What has one topic for each node: all it publishes but ``forward``, which also names the receiver."""
 
 CARRIES: dict[What, tuple[type[Message], ...]] = {
     "birth": (Birth,),  # retained
+    "enrol": (Enrol,),  # node without a place -> runner; retained
     "request": (Request,),  # device -> edge
     "forward": (Work,),  # device -> the node named by the topic's last level
     "result": (Result,),  # device -> runner
@@ -47,7 +50,7 @@ CARRIES: dict[What, tuple[type[Message], ...]] = {
     "planned": (Planned,),  # edge -> runner
     "spent": (Spent,),  # node -> runner
     "work": (Work,),  # edge or cloud -> node
-    "control": (Ask, Round, Close),  # runner -> node
+    "control": (Assign, Ask, Round, Close),  # runner -> node
 }
 """The message types that each kind of topic may carry."""
 

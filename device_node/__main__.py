@@ -1,12 +1,10 @@
-"""``python -m device_node SETTINGS.json``: one device on its own."""
+"""One device on its own: ``python -m device_node SETTINGS.json``, or ``--broker HOST:PORT`` to enrol for a place."""
 
 import sys
 
-import msgspec
-
 from device_node.node import DeviceSettings
-from device_node.process import main
-from node.settings import read_settings
+from device_node.process import serve
+from node.enrolment import start
 
 if __name__ == "__main__":
-    sys.exit(main(msgspec.to_builtins(read_settings(DeviceSettings, sys.argv[1:]))))
+    sys.exit(start(DeviceSettings, serve, "device"))

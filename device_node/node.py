@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from typing import Literal
 
@@ -33,8 +34,8 @@ class DeviceNode:
         self._asked: dict[str, float] = {}
         self._deliveries = Deliveries()
 
-    async def run(self) -> None:
-        """Connect and serve; returns when told to leave."""
+    async def run(self) -> bool:
+        """Connect and serve; returns when told to leave, and whether the testbed ends."""
         s = self._settings
         birth = Birth(
             name=s.name,
@@ -42,6 +43,7 @@ class DeviceNode:
             state="ready",
             models=self._worker.models,
             compute=self._worker.compute,
+            host=socket.gethostname(),
         )
         filters = Topics(s.testbed).to_node(s.name)
         async with (
@@ -55,11 +57,12 @@ class DeviceNode:
                         tasks.create_task(self._ask(session, ask))
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._serve(session, work, incoming))
-                    case Close(round=None):
-                        break
+                    case Close(round=None, ends=ends):
+                        return ends
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         spent = self._worker.spent(round_id)
                         tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
+        raise AssertionError("a session does not end by itself")
 
     async def _ask(self, session: Session, ask: Ask) -> None:
         now = time.time()

@@ -26,9 +26,13 @@ def warm(arguments: dict[str, Any]) -> None:
 
 def main(arguments: dict[str, Any]) -> int:
     """Run one device with its settings (as plain data) until it is told to leave."""
-    settings = msgspec.convert(arguments, DeviceSettings)
-    torch.set_num_threads(settings.threads)
     start_logging()
-    worker = make_worker(settings, {model: _load(model) for model in settings.models})
-    asyncio.run(DeviceNode(settings, worker).run())
+    serve(msgspec.convert(arguments, DeviceSettings))
     return 0
+
+
+def serve(settings: DeviceSettings) -> bool:
+    """Run one device until it is told to leave; whether the testbed ends."""
+    torch.set_num_threads(settings.threads)
+    worker = make_worker(settings, {model: _load(model) for model in settings.models})
+    return asyncio.run(DeviceNode(settings, worker).run())

@@ -1,12 +1,10 @@
-"""``python -m edge_node SETTINGS.json``: one edge on its own."""
+"""One edge on its own: ``python -m edge_node SETTINGS.json``, or ``--broker HOST:PORT`` to enrol for a place."""
 
 import sys
 
-import msgspec
-
 from edge_node.node import EdgeSettings
-from edge_node.process import main
-from node.settings import read_settings
+from edge_node.process import serve
+from node.enrolment import start
 
 if __name__ == "__main__":
-    sys.exit(main(msgspec.to_builtins(read_settings(EdgeSettings, sys.argv[1:]))))
+    sys.exit(start(EdgeSettings, serve, "edge"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -102,10 +103,17 @@ class EdgeNode:
         self._holders: dict[str, tuple[str, ...]] = {}
         self._deliveries = Deliveries()
 
-    async def run(self) -> None:
-        """Connect and serve; returns when told to leave."""
+    async def run(self) -> bool:
+        """Connect and serve; returns when told to leave, and whether the testbed ends."""
         s = self._settings
-        birth = Birth(name=s.name, role=s.kind, state="ready", models=self._worker.models, compute=self._worker.compute)
+        birth = Birth(
+            name=s.name,
+            role=s.kind,
+            state="ready",
+            models=self._worker.models,
+            compute=self._worker.compute,
+            host=socket.gethostname(),
+        )
         topics = Topics(s.testbed)
         filters = (*topics.to_node(s.name), topics.every("birth"))
         if self._plans is not None:
@@ -125,8 +133,8 @@ class EdgeNode:
                         self._gather(session, tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._take(session, work, incoming))
-                    case Close(round=None):
-                        break
+                    case Close(round=None, ends=ends):
+                        return ends
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         spent = self._worker.spent(round_id)
                         gathering = self._gatherings.pop(round_id, None)
@@ -135,6 +143,7 @@ class EdgeNode:
                         if over := self._rounds.pop(round_id, None):
                             spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
                         tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
+        raise AssertionError("a session does not end by itself")
 
     def _meet(self, birth: Birth) -> None:
         if birth.state != "ready" or birth.compute is None or birth.name == self._settings.name:

@@ -37,17 +37,21 @@ def warm(arguments: dict[str, Any]) -> None:
 
 
 def main(arguments: dict[str, Any]) -> int:
-    """Load everything, warm it up, then serve: the birth says that the edge is ready."""
-    settings = msgspec.convert(arguments, EdgeSettings)
+    """Run one edge or cloud node with its settings (as plain data) until it is told to leave."""
     start_logging()
+    serve(msgspec.convert(arguments, EdgeSettings))
+    return 0
+
+
+def serve(settings: EdgeSettings) -> bool:
+    """Load everything, warm it up, then serve: the birth says that the edge is ready. Whether the testbed ends."""
     torch.set_num_threads(settings.threads)
     denoisers = {model: _load(model) for model in settings.models}
     for denoiser in denoisers.values():
         warm_up(denoiser)
     worker = make_worker(settings, denoisers)
     planner = _planner(settings, worker) if settings.plans else None
-    asyncio.run(EdgeNode(settings, worker, planner).run())
-    return 0
+    return asyncio.run(EdgeNode(settings, worker, planner).run())
 
 
 def _planner(settings: EdgeSettings, worker: Worker) -> Planner:

@@ -38,11 +38,9 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 Settings = TypeVar("Settings", bound=NodeSettings)
 
 
-def read_settings(kind: type[Settings], arguments: list[str]) -> Settings:
-    """The settings in the file that the only argument names; exits with one sentence where they are not right."""
-    if len(arguments) != 1:
-        sys.exit("usage: python -m edge_node|device_node SETTINGS.json")
-    path = Path(arguments[0])
+def read_settings(kind: type[Settings], file: str) -> Settings:
+    """The settings in a file; exits with one sentence where they are not right."""
+    path = Path(file)
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:

@@ -17,7 +17,7 @@ def test_settings_come_back_as_they_were_written(tmp_path: Path) -> None:
         path = tmp_path / "settings.json"
         wanted = kind(**GOOD, profile="a100", slowdown=2.0)  # type: ignore[arg-type]
         path.write_bytes(msgspec.json.encode(wanted))
-        assert read_settings(kind, [str(path)]) == wanted
+        assert read_settings(kind, str(path)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,5 @@ def test_wrong_settings_end_with_one_sentence(tmp_path: Path, document: bytes | 
     if document is not None:
         path.write_bytes(document)
     with pytest.raises(SystemExit, match=sentence) as raised:
-        read_settings(NodeSettings, [str(path)])
+        read_settings(NodeSettings, str(path))
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("arguments", [[], ["a", "b"]])
-def test_anything_but_one_file_gets_the_usage(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit, match="usage"):
-        read_settings(NodeSettings, arguments)

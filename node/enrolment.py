@@ -1,0 +1,112 @@
+"""How a node comes to its place without a settings file: it enrols with the runner and is assigned one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import re
+import socket
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from broker.address import Address, BadAddress
+from broker.messages import Assign, Close, Enrol
+from broker.session import BrokerRefused, BrokerUnreachable, Session
+from broker.topics import Topics
+from node.settings import Settings, read_settings, start_logging
+
+TESTBED = "local"
+"""The testbed that a node joins unless told otherwise."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Door(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and as what a node enrols: the broker, the testbed, its part, and the only place that will do, if any."""
+
+    address: Address
+    role: Literal["edge", "device"]
+    testbed: str = TESTBED
+    wants: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the node is called until it has a place: as it wants to be, or after its machine."""
+        return self.wants or provisional_name(socket.gethostname())
+
+
+def provisional_name(host: str) -> str:
+    """A node's name made of a machine's: in a container, where that is its short id, the same."""
+    return re.sub(r"[^a-z0-9-]", "-", host.lower().split(".")[0]).strip("-")[:32] or "node"
+
+
+async def enrol(door: Door, *, left: str | None = None) -> Assign | None:
+    """Wait for a place, in a run other than ``left``; none when the testbed ends.
+
+    Raises ``BrokerUnreachable`` and ``BrokerRefused``.
+    """
+    topics = Topics(door.testbed)
+    wish = Enrol(name=door.name, role=door.role, state="ready", wants=door.wants, left=left, host=socket.gethostname())
+    async with Session(
+        door.address.host,
+        door.address.port,
+        testbed=door.testbed,
+        name=door.name,
+        birth=wish,
+        subscriptions=[topics.inbox(door.name, "control")],
+    ) as session:
+        _logger.info("%s waits for a place at %s:%d", door.name, door.address.host, door.address.port)
+        async for incoming in session:
+            match incoming.message:
+                case Assign() as assign:
+                    return assign
+                case Close(round=None, ends=True):
+                    return None
+    raise AssertionError("a session does not end by itself")
+
+
+def serve_enrolled(kind: type[Settings], serve: Callable[[Settings], bool], door: Door) -> None:
+    """Enrol, serve in the place that was assigned, and again for the next run, until the testbed ends.
+
+    ``serve`` tells whether it does. Raises what ``enrol`` and ``serve`` raise.
+    """
+    left = None
+    while (assign := asyncio.run(enrol(door, left=left))) is not None:
+        try:
+            settings = msgspec.msgpack.decode(assign.settings, type=kind)
+        except msgspec.DecodeError as error:
+            _logger.error("the place that the runner assigned is not right: %s", error)
+            left = assign.run
+            continue
+        here = msgspec.structs.replace(settings, host=door.address.host, port=door.address.port)
+        _logger.info("%s is %s from now on", door.name, here.name)
+        if serve(here):
+            return
+        left = assign.run
+
+
+def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal["edge", "device"]) -> int:
+    """A node program's command line: a settings file, or a broker at which to enrol. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {role}_node", description=f"One {role} of a testbed.")
+    parser.add_argument("settings", nargs="?", help="a settings file (JSON); without one, the runner assigns a place")
+    parser.add_argument("--broker", help="where to enrol: HOST, HOST:PORT or mqtt://HOST:PORT")
+    parser.add_argument("--name", help="the only place of the scenario that will do; by default the next free one")
+    parser.add_argument("--testbed", default=TESTBED, help=f"the testbed's name on the broker, by default {TESTBED}")
+    arguments = parser.parse_args()
+    if (arguments.settings is None) == (arguments.broker is None):
+        parser.error("give either a settings file or --broker")
+    start_logging()
+    if arguments.settings is not None:
+        serve(read_settings(kind, arguments.settings))
+        return 0
+    try:
+        address = Address.parse(arguments.broker)
+        wants = arguments.name or None
+        serve_enrolled(kind, serve, Door(address=address, role=role, testbed=arguments.testbed, wants=wants))
+    except (BadAddress, BrokerRefused, BrokerUnreachable) as error:
+        sys.exit(str(error))
+    return 0
