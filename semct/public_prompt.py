@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -90,6 +91,7 @@ class PublicPrompt(msgspec.Struct, frozen=True):
         similarity: Mean cosine to the cluster's personal prompts.
         candidates: How many different prompts it was chosen from.
         below_medoid: Whether the most central member's prompt has a higher mean cosine.
+        trouble: Why the language model had no say, where it should have had one: it ``failed``, or it was ``late``.
     """
 
     text: Prompt
@@ -97,11 +99,14 @@ class PublicPrompt(msgspec.Struct, frozen=True):
     similarity: float
     candidates: int
     below_medoid: bool = False
+    trouble: Literal["", "failed", "late"] = ""
 
     @property
     def credit(self) -> str:
         """The source as the record gives it."""
-        return f"{self.source}, below its medoid" if self.below_medoid else self.source
+        below = ", below its medoid" if self.below_medoid else ""
+        trouble = {"": "", "failed": "; the language model failed", "late": "; the language model took too long"}
+        return f"{self.source}{below}{trouble[self.trouble]}"
 
 
 class Encoder(Protocol):
@@ -190,16 +195,25 @@ class LanguageModelWriter:
         samples: Completions drawn for each cluster beside the greedy one.
         plain: Best-of-n and nothing else: no word is barred, no wish kept secret, and the only candidates are
             the completions (the medoid where there are none).
+        patience: Seconds after which a batch does without what the model has not written yet.
     """
 
     def __init__(
-        self, network: Any, tokenizer: Any, encoder: Encoder, *, samples: int = 4, plain: bool = False
+        self,
+        network: Any,
+        tokenizer: Any,
+        encoder: Encoder,
+        *,
+        samples: int = 4,
+        plain: bool = False,
+        patience: float = 20.0,
     ) -> None:
         self._network = network
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._rows = samples + 1
         self._plain = plain
+        self._patience = patience
 
     @classmethod
     def load(
@@ -240,14 +254,18 @@ class LanguageModelWriter:
         """Return a public prompt for each cluster; a cluster with only one wish keeps its wording."""
         vectors = [self._encoder.embed(members) for members in clusters]
         divided = [i for i, members in enumerate(clusters) if len(set(members)) > 1]
+        trouble: Literal["", "failed", "late"] = ""
         try:
             completed = self._complete([(clusters[i], vectors[i]) for i in divided], seed)
         except RuntimeError as error:
             _log.warning("The language model failed (%s); clusters do without it.", _first_line(error))
-            completed = [[] for _ in divided]
+            completed, trouble = [[] for _ in divided], "failed"
+        except TimeoutError:
+            _log.warning("The language model took over %g s; clusters do without it.", self._patience)
+            completed, trouble = [[] for _ in divided], "late"
         written = dict(zip(divided, completed, strict=True))
         return [
-            self._best(members, vectors[i], written[i])
+            msgspec.structs.replace(self._best(members, vectors[i], written[i]), trouble=trouble)
             if i in written
             else _of_member(members, vectors[i], 0, "member")
             for i, members in enumerate(clusters)
@@ -276,9 +294,10 @@ class LanguageModelWriter:
 
     @torch.inference_mode()
     def _complete(self, clusters: Sequence[tuple[Sequence[str], Vectors]], seed: int) -> list[list[str]]:
-        """Return the completions of each cluster that came to an end, all written in one batch."""
+        """Return the completions of each cluster that came to an end, all written in one batch, or ``TimeoutError``."""
         if not clusters:
             return []
+        until = time.monotonic() + self._patience
         logits, mask, position, cache = (
             _repeated(state, self._rows) for state in self._read([_central(*cluster) for cluster in clusters])
         )
@@ -297,6 +316,8 @@ class LanguageModelWriter:
                 written[i].append(token)
             if len(texts) >= _ENOUGH * len(written):
                 break
+            if time.monotonic() > until:
+                raise TimeoutError
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position[:, -1:] + 1
             logits = self._step(drawn[:, None].to(mask.device), mask, position, cache)

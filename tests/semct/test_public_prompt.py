@@ -107,7 +107,20 @@ def test_a_failing_language_model_is_logged_and_done_without(
     writer._step = broken_network  # type: ignore[method-assign]
     prompts = writer.write([SNOW, CATS], seed=0)
     assert {prompt.source for prompt in prompts} <= {"medoid", "extract"}
+    assert all(prompt.credit.endswith("; the language model failed") for prompt in prompts)
     assert "The language model failed (out of memory); clusters do without it." in caplog.text
+
+
+def test_a_language_model_that_takes_too_long_is_done_without(
+    encoder: SentenceEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = writer_with(rambling_network(), encoder)
+    writer._patience = 0.0
+    members = ["a cat on a windowsill", "a rocket under the stars", "the old harbour of Genoa"]
+    prompt = writer.write([members], seed=0)[0]
+    assert prompt.text == MedoidWriter(encoder).write([members], seed=0)[0].text
+    assert prompt.credit == "medoid; the language model took too long"
+    assert "The language model took over 0 s" in caplog.text
 
 
 def test_a_candidate_worse_than_the_medoid_loses(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
