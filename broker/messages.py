@@ -118,7 +118,8 @@ class Birth(Message, frozen=True, kw_only=True):
     """Retained: who is there. The will of the session is the same message with ``state="lost"``.
 
     ``cloud`` is the edge program behind a link to a distant data centre. The first of ``models`` is the
-    testbed's main one. ``host`` is the name of the machine or container that the node runs on.
+    testbed's main one. ``host`` is the name of the machine or container that the node runs on. ``started`` is when
+    the program began: another time means that what it knew is lost.
     """
 
     name: Name
@@ -127,6 +128,7 @@ class Birth(Message, frozen=True, kw_only=True):
     models: tuple[Identifier, ...] = ()
     compute: Compute | None = None
     host: HostName = ""
+    started: Time = 0.0
     protocol: int = PROTOCOL
 
 
@@ -175,8 +177,9 @@ class LinkNow(msgspec.Struct, frozen=True, kw_only=True):
 class Round(Message, frozen=True, kw_only=True):
     """Runner to edge: plan the coming requests of this round with this framework.
 
-    The edge waits for ``requests`` of them, at most ``window`` seconds after the first. ``links`` are those of the
-    nodes when the round begins; a node that is not named has none that limits it.
+    The edge waits for ``requests`` of them, at most ``window`` seconds after the first, and not for devices that
+    are lost in the round. ``links`` are those of the nodes when the round begins; a node that is not named has none
+    that limits it. The same order may come again, for an edge that came back.
     """
 
     round: Identifier
@@ -188,10 +191,18 @@ class Round(Message, frozen=True, kw_only=True):
 
 
 class Ask(Message, frozen=True, kw_only=True):
-    """Runner to device: this user now wants this picture."""
+    """Runner to device: this user now wants this picture.
+
+    ``attempt`` counts how often the same has been asked before, where the device or the edge may have forgotten, and
+    ``waited`` how many seconds the user has waited since the first time. ``patience`` is how many seconds the device
+    waits for the edge before it does it alone; none: as long as the deadline allows.
+    """
 
     round: Identifier
     request: Identifier
+    attempt: Count = 0
+    waited: Amount = 0.0
+    patience: Amount | None = None
     prompt: Prompt
     seed: Seed
     steps: Annotated[int, Meta(ge=1, le=1000)]
@@ -199,10 +210,14 @@ class Ask(Message, frozen=True, kw_only=True):
 
 
 class Request(Message, frozen=True, kw_only=True):
-    """Device to edge: a personal prompt. ``reply`` is the node whose inbox takes what comes back."""
+    """Device to edge: a personal prompt. ``reply`` is the node whose inbox takes what comes back.
+
+    A higher ``attempt`` than before says that the device still has no answer and may have lost one.
+    """
 
     round: Identifier
     request: Identifier
+    attempt: Count = 0
     reply: Name
     prompt: Prompt
     seed: Seed
@@ -236,12 +251,16 @@ class Work(Message, frozen=True, kw_only=True):
 
 
 class Result(Message, frozen=True, kw_only=True):
-    """Device to runner: the one outcome of a request, with the stages of its way and their cost."""
+    """Device to runner: the one outcome of a request, with the stages of its way and their cost.
+
+    ``degraded``: the edge did not answer in time, and the device did it alone from the prompt. ``reason`` says why
+    an outcome is not ``answered``.
+    """
 
     round: Identifier
     request: Identifier
     device: Name
-    outcome: Literal["answered", "failed"]
+    outcome: Literal["answered", "degraded", "failed"]
     reason: str = ""
     asked: Time
     finished: Time

@@ -16,7 +16,7 @@ from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stag
 from broker.session import Incoming, Session
 from broker.topics import Topics
 from edge_node.planning import Planner
-from node.serving import Deliveries, tasks_until_end
+from node.serving import Deliveries, deliver, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
 from semct import frameworks
@@ -25,6 +25,8 @@ from semct.clustering import Number
 from semct.cost import Weights
 from semct.planner.learned import Tier
 from semct.routes import Plan, Route
+
+_MOST_ROUNDS = 64  # open at once; the oldest is closed for one more, or a flood would fill the memory
 
 _logger = logging.getLogger(__name__)
 
@@ -51,23 +53,24 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
 
 @dataclass(eq=False)
 class _Gathering:
-    """The requests of a round that wait for their plan, and how many have come before them."""
+    """A round: its requests that wait for their plan, those that have come and of whom, and devices lost meanwhile."""
 
     order: Round
     waiting: dict[str, Incoming] = field(default_factory=dict)
-    came: int = 0
+    came: dict[str, str] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     answering: asyncio.Task[None] | None = None
 
     @property
-    def over(self) -> bool:
-        """Whether all requests of the round have come and none waits."""
-        return self.came >= self.order.requests and not self.waiting
+    def missing(self) -> int:
+        """Requests that are still to come: not those of devices that were lost before they asked."""
+        return self.order.requests - len(self.came) - len(self.lost.difference(self.came.values()))
 
     def take(self, request: Request, incoming: Incoming) -> None:
-        """One more request has come."""
+        """A request has come, or come back."""
         self.waiting[request.request] = incoming
-        self.came += 1
+        self.came[request.request] = request.reply
         self.news.set()
 
     async def batch(self, *, online: bool) -> dict[str, Incoming]:
@@ -77,12 +80,10 @@ class _Gathering:
         if not online:
             try:
                 async with asyncio.timeout(self.order.window):
-                    while self.came < self.order.requests:
+                    while self.missing > 0:
                         await self._more()
             except TimeoutError:
-                _logger.info(
-                    "round %s: %d of %d requests came in time", self.order.round, self.came, self.order.requests
-                )
+                _logger.info("round %s: %d requests did not come in time", self.order.round, self.missing)
         batch, self.waiting = self.waiting, {}
         return batch
 
@@ -98,8 +99,8 @@ class EdgeNode:
         self._settings = settings
         self._worker = worker
         self._plans = planner
-        self._rounds: dict[str, Round] = {}
         self._gatherings: dict[str, _Gathering] = {}
+        self._under_way: set[tuple[str, str]] = set()
         self._holders: dict[str, tuple[str, ...]] = {}
         self._deliveries = Deliveries()
 
@@ -113,6 +114,7 @@ class EdgeNode:
             models=self._worker.models,
             compute=self._worker.compute,
             host=socket.gethostname(),
+            started=time.time(),
         )
         topics = Topics(s.testbed)
         filters = (*topics.to_node(s.name), topics.every("birth"))
@@ -125,10 +127,10 @@ class EdgeNode:
             tasks.create_task(self._worker.drive())
             async for incoming in session:
                 match incoming.message:
-                    case Birth() as other:
+                    case Birth() as other if other.name == incoming.topic.node:
                         self._meet(other)
                     case Round() as order if self._plans is not None:
-                        self._rounds[order.round] = order
+                        self._open(order)
                     case Request() as request if self._plans is not None:
                         self._gather(session, tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
@@ -137,15 +139,34 @@ class EdgeNode:
                         return ends
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         spent = self._worker.spent(round_id)
-                        gathering = self._gatherings.pop(round_id, None)
-                        if gathering is not None and gathering.answering is not None:
-                            gathering.answering.cancel()
-                        if over := self._rounds.pop(round_id, None):
+                        if over := self._close(round_id):
                             spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
-                        tasks.create_task(session.publish(session.topics.own(s.name, "spent"), spent))
+                        tasks.create_task(deliver(session, session.topics.own(s.name, "spent"), spent))
         raise AssertionError("a session does not end by itself")
 
+    def _open(self, order: Round) -> None:
+        """Take requests of this round from now on; the order may come again."""
+        self._gatherings.setdefault(order.round, _Gathering(order))
+        while len(self._gatherings) > _MOST_ROUNDS:
+            self._close(next(iter(self._gatherings)))
+
+    def _close(self, round_id: str) -> Round | None:
+        """Take no more requests of this round, and return its order if it was open."""
+        gathering = self._gatherings.pop(round_id, None)
+        if gathering is None:
+            return None
+        if gathering.answering is not None:
+            gathering.answering.cancel()
+        self._under_way = {key for key in self._under_way if key[0] != round_id}
+        return gathering.order
+
     def _meet(self, birth: Birth) -> None:
+        for gathering in self._gatherings.values():
+            if birth.state == "ready":
+                gathering.lost.discard(birth.name)
+            elif birth.name in self._holders:
+                gathering.lost.add(birth.name)
+                gathering.news.set()
         if birth.state != "ready" or birth.compute is None or birth.name == self._settings.name:
             return
         self._holders[birth.name] = birth.models
@@ -161,27 +182,29 @@ class EdgeNode:
         if request.reply != incoming.topic.node:
             _logger.warning("%s asked in the name of %s: ignored", incoming.topic.node, request.reply)
             return
-        order = self._rounds.get(request.round)
-        if order is None:
+        gathering = self._gatherings.get(request.round)
+        if gathering is None:
             _logger.warning("request %s belongs to no open round (%s): ignored", request.request, request.round)
             return
-        if not self._deliveries.is_first("request", request.round, request.request):
+        if not self._deliveries.is_first("request", request.round, request.request, request.attempt):
             return
-        gathering = self._gatherings.get(order.round)
-        if gathering is None:
-            gathering = self._gatherings[order.round] = _Gathering(order)
+        key = (request.round, request.request)
+        if key in self._under_way:  # who asks again will have the answer to the first time
+            return
+        if request.request not in gathering.came and len(gathering.came) >= gathering.order.requests:
+            _logger.warning("request %s is one more than round %s has: ignored", request.request, request.round)
+            return
+        self._under_way.add(key)
+        if gathering.answering is None:
             gathering.answering = tasks.create_task(self._answer(session, tasks, gathering))
         gathering.take(request, incoming)
 
     async def _answer(self, session: Session, tasks: asyncio.TaskGroup, gathering: _Gathering) -> None:
-        """Plan the round's requests batch by batch, and send every one on its way, until all have come."""
+        """Plan the round's requests batch by batch, and send every one on its way, until the round is closed."""
         online = self._is_online(gathering.order)
         for number in itertools.count():
             batch = await gathering.batch(online=online)
             await self._serve_batch(session, tasks, gathering.order, batch, number)
-            if gathering.over:
-                del self._gatherings[gathering.order.round]
-                return
 
     @staticmethod
     def _is_online(order: Round) -> bool:
@@ -204,7 +227,7 @@ class EdgeNode:
             _logger.exception("round %s cannot be planned", order.round)
             reason = f"{order.framework} could not plan: {error}"
             blank = Planned(round=order.round, framework=order.framework, plan=_packed(None), seconds={}, error=reason)
-            await session.publish(topic, blank)
+            await deliver(session, topic, blank)
             for request in messages:
                 failed = self._work(request, batch[request.request], (), planning)
                 tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
@@ -237,7 +260,7 @@ class EdgeNode:
         except Exception:  # the requests are served all the same
             _logger.exception("round %s: the plan of %s cannot be forecast", order.round, order.framework)
         planned = Planned(round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds)
-        await session.publish(session.topics.own(self._settings.name, "planned"), planned)
+        await deliver(session, session.topics.own(self._settings.name, "planned"), planned)
 
     def _work(
         self,
@@ -277,6 +300,8 @@ class EdgeNode:
         self, session: Session, work: Work, *, group: object, weight: float, cache: LatentCache | None = None
     ) -> None:
         try:
+            if time.time() > work.deadline:
+                raise ValueError(f"the deadline passed before {self._settings.name} began")
             work = await self._worker.carry(work, group=group, weight=weight, cache=cache)
             if not work.route and not self._holders.get(work.reply):  # the device holds no decoder either
                 work = await self._worker.decode(work)
@@ -301,7 +326,8 @@ class EdgeNode:
     async def _pass_on(self, session: Session, work: Work) -> None:
         receiver = work.route[0].node if work.route else work.reply
         leaving = msgspec.structs.replace(work, sender=self._settings.name, sent=time.time())
-        await session.publish(session.topics.inbox(receiver, "work"), leaving)
+        await deliver(session, session.topics.inbox(receiver, "work"), leaving)
+        self._under_way.discard((work.round, work.request))
 
 
 def _legs(route: Route) -> tuple[Segment, ...]:

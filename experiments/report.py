@@ -263,13 +263,13 @@ def _warnings(run: Run) -> Iterator[str]:
             f"{overruns} calls took longer than the hardware they emulate{f' ({where})' if where else ''}, "
             "so emulated times are not right. Raise the scenario's slowdown and run again."
         )
-    for outcome in ("failed", "unanswered"):
-        lost = run.requests.filter(pl.col("outcome") == outcome)
-        if lost.height:
-            reasons = lost["reason"].filter(lost["reason"] != "").unique(maintain_order=True).to_list()
+    for outcome, happened in (("failed", "failed"), ("degraded", "were done by the device alone")):
+        some = run.requests.filter(pl.col("outcome") == outcome)
+        if some.height:
+            reasons = some["reason"].filter(some["reason"] != "").unique(maintain_order=True).to_list()
             said = f": {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}" if reasons else "."
-            where = ", ".join(lost["framework"].unique(maintain_order=True))
-            yield f"{lost.height} of {run.requests.height} requests {outcome} ({where}){said}"
+            where = ", ".join(some["framework"].unique(maintain_order=True))
+            yield f"{some.height} of {run.requests.height} requests {happened} ({where}){said}"
     short = run.nodes.filter(pl.col("shortages") > 0)["node"].unique(maintain_order=True).to_list()
     if short:
         yield f"Memory did not suffice for calls of the usual size on {', '.join(short)}: smaller ones took longer."
@@ -425,7 +425,7 @@ def _stages(requests: pl.DataFrame) -> pl.DataFrame:
     """Mean seconds of each stage over answered requests; ``other_s`` is what no stage claims."""
     stages = [c for c in STAGES if c != "other_s"]
     return (
-        requests.filter(pl.col("outcome") == "answered")
+        requests.filter(pl.col("outcome") != "failed")
         .with_columns(other_s=(pl.col("latency_s") - pl.sum_horizontal(stages)).clip(lower_bound=0))
         .group_by("framework", maintain_order=True)
         .agg(pl.col([*stages, "other_s"]).mean())
@@ -434,7 +434,7 @@ def _stages(requests: pl.DataFrame) -> pl.DataFrame:
 
 def _sources(requests: pl.DataFrame) -> pl.DataFrame:
     return (
-        requests.filter(pl.col("outcome") == "answered")
+        requests.filter(pl.col("outcome") != "failed")
         .group_by("framework", maintain_order=True)
         .agg(pl.col(list(SOURCES)).mean())
     )
@@ -510,7 +510,7 @@ def _tile(folder: Path, row: dict[str, Any] | None, places: int, top: float | No
     quality = _number(row["quality"], places) if row["quality"] is not None else ""
     if row["image"] is None:
         said = f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"]
-        return Tile("", "", quality, "no picture kept" if row["outcome"] == "answered" else said, strong=False)
+        return Tile("", "", quality, "no picture kept" if row["outcome"] != "failed" else said, strong=False)
     source = _data_uri(folder, row["image"])
     strong = top is not None and row["quality"] == top
     return Tile(source, f"{row['framework']}: {row['prompt']}", quality, "" if source else "unreadable", strong)

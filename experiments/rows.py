@@ -244,13 +244,16 @@ def _row(
 ) -> RequestRow:
     result = served.results.get(request)
     device = served.devices[request]
+    alone = result is not None and result.outcome == "degraded"
+    if alone:
+        plan = None  # what was planned is not what was done
     route = next((r for r in plan.routes if r.request == request), None) if plan else None
     clusters = plan.clusters if plan else ()
     index = next((i for i, c in enumerate(clusters) if request in c.members), None)
     cluster = None if index is None else clusters[index]
     predicted = plan.predictions.get(request) if plan else None
     stages = result.stages if result else ()
-    answered = result is not None and result.outcome == "answered"
+    answered = result is not None and result.outcome != "failed"
     pace = scenario.slowdown
     planning = _seconds(stages, "plan", 1.0)  # this machine's own work: nothing slows it down
     by_kind = {kind: [s for s in stages if kinds.get(s.node, "device") == kind] for kind in get_args(Kind)}
@@ -259,6 +262,8 @@ def _row(
     radio = (scenario.radio.device_watts * _total(up) + scenario.radio.edge_watts * _total(down)) / pace
     shared = served.shared_steps[request] if route else None
     own = _own_steps(served, request, kinds) if route else None
+    if alone:
+        shared, own = 0, {"edge": 0, "cloud": 0, "device": scenario.steps}
     return RequestRow(
         round=served.round,
         framework=served.framework,
@@ -268,7 +273,7 @@ def _row(
         prompt=served.prompts[request],
         seed=served.seed,
         steps=route.steps if route else scenario.steps,
-        outcome=result.outcome if result else "unanswered",
+        outcome=result.outcome if result else "failed",
         reason=result.reason if result else served.reasons.get(request, ""),
         cluster=index,
         public_prompt=wording(cluster.public_prompt) if cluster else None,

@@ -150,7 +150,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     some nodes may hold beside it; ``emulated_model`` and ``emulated_small_model`` are those whose size and pace
     emulated nodes show for the two. ``edge`` plans, ``edges`` are others beside it. ``arrivals`` say when users ask:
     all at once, at random, or each at a time of its own in seconds, device by device. ``steps`` is T; ``scorer``
-    judges the pictures; ``timeout`` are the seconds after which a request of a round counts as unanswered, ``window``
+    judges the pictures; ``timeout`` are the seconds that a request has until its deadline, ``window``
     those for which the edge collects a batch; ``slowdown`` stretches emulated time, and is divided out of the record.
     """
 

@@ -63,8 +63,8 @@ class Served:
 
     @property
     def answered(self) -> set[str]:
-        """The requests whose users have their picture."""
-        return {r for r, result in self.results.items() if result.outcome == "answered"}
+        """The requests whose users have their picture, degraded or not."""
+        return {r for r, result in self.results.items() if result.outcome != "failed"}
 
     @property
     def unanswered(self) -> dict[str, str]:

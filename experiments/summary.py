@@ -2,7 +2,8 @@
 
 A user is a device: with several repetitions each user's mean comes first, then the mean and the spread over
 users. Required TFLOPs are a total: the sum over the requests of a repetition, then mean and spread over the
-repetitions. Failed and unanswered requests count as asked and have no other part in the means.
+repetitions. Failed requests count as asked and have no other part in the means. Degraded ones, which the device did
+alone because the edge did not answer in time, count as answered and as degraded: their users have a picture.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
 """What a plan predicts of every request."""
 
 _COLUMNS = [m.column for m in MEASURES]
-_ANSWERED = pl.col("outcome") == "answered"
+_ANSWERED = pl.col("outcome").is_in(["answered", "degraded"])
+_DEGRADED = pl.col("outcome") == "degraded"
 
 
 def summarise(requests: pl.DataFrame, *, frameworks: Sequence[str] = ()) -> pl.DataFrame:
-    """One row per framework: ``asked``, ``answered``, and for each measure its mean, ``_std`` and ``_ci95``.
+    """One row per framework: ``asked``, ``answered``, ``degraded`` of these, and for each measure its mean, ``_std``
+    and ``_ci95``.
 
     ``_std`` is the sample standard deviation over users, ``_ci95`` half the width of Student's 95 %
     confidence interval of the mean; both are null where there is but one user (``tflop``: one repetition).
@@ -55,7 +58,7 @@ def summarise(requests: pl.DataFrame, *, frameworks: Sequence[str] = ()) -> pl.D
     """
     names = list(dict.fromkeys([*frameworks, *requests["framework"]]))
     order = pl.DataFrame({"framework": names}, schema={"framework": pl.String})
-    counts = requests.group_by("framework").agg(asked=pl.len(), answered=_ANSWERED.sum())
+    counts = requests.group_by("framework").agg(asked=pl.len(), answered=_ANSWERED.sum(), degraded=_DEGRADED.sum())
     users = requests.filter(_ANSWERED).group_by("framework", "device").agg(pl.col(_COLUMNS).mean())
     totals = requests.group_by("framework", "repetition").agg(pl.col("tflop").sum())
     per_user = users.group_by("framework").agg(_spread([c for c in _COLUMNS if c != "tflop"]))
@@ -65,8 +68,8 @@ def summarise(requests: pl.DataFrame, *, frameworks: Sequence[str] = ()) -> pl.D
         order.join(counts, on="framework", how="left", maintain_order="left")
         .join(per_user, on="framework", how="left", maintain_order="left")
         .join(per_repetition, on="framework", how="left", maintain_order="left")
-        .with_columns(pl.col("asked", "answered").fill_null(0).cast(pl.Int64))
-        .select("framework", "asked", "answered", *spread)
+        .with_columns(pl.col("asked", "answered", "degraded").fill_null(0).cast(pl.Int64))
+        .select("framework", "asked", "answered", "degraded", *spread)
     )
 
 
@@ -150,6 +153,8 @@ def render(summary: pl.DataFrame) -> Table:
     for row, cells in zip(summary.iter_rows(named=True), zip(*columns, strict=True), strict=True):
         asked, answered = row["asked"], row["answered"]
         count = Text(f"{answered}/{asked}" if asked else "not run", "" if answered == asked else "bold red")
+        if row["degraded"]:
+            count.append(f"\n{row['degraded']} degraded", "yellow not bold")
         table.add_row(Text(row["framework"]), count, *cells)
     return table
 

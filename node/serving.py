@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
-from broker.messages import Work
+from broker.messages import AnyMessage, MalformedMessage, Work
+from broker.session import Session, Undelivered
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +31,17 @@ async def tasks_until_end() -> AsyncIterator[asyncio.TaskGroup]:
         pass
 
 
+async def deliver(session: Session, topic: str, message: AnyMessage) -> None:
+    """Publish a message. Where the broker stays away for too long it is lost, and the node goes on.
+
+    Whoever waits for it has a deadline.
+    """
+    try:
+        await session.publish(topic, message)
+    except (Undelivered, MalformedMessage) as error:
+        _logger.warning("a message of type %s is lost: %s", type(message).__name__, error)
+
+
 class Deliveries:
     """Remembers the latest messages: QoS 1 may deliver one again, which must not be answered again."""
 
@@ -41,6 +53,10 @@ class Deliveries:
         """Whether the work has not been here at this step of its route; it may come back at a later one."""
         at = work.route[0].start if work.route else work.steps
         return self.is_first("work", work.round, work.request, at)
+
+    def has_seen(self, *key: Hashable) -> bool:
+        """Whether ``key`` is among the latest messages."""
+        return key in self._keys
 
     def is_first(self, *key: Hashable) -> bool:
         """Whether ``key`` has not been seen among the latest messages; from now on it has."""

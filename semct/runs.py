@@ -32,6 +32,8 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     the cloud. The stages ``upload_s`` ... ``decode_s`` say where the time went; ``relay_s`` and ``bytes_relayed``
     are transfers between edge and cloud nodes, which take no radio energy. ``modelled``: compute time and energy
     come from a compute profile, not from a clock and a meter. ``image`` is a path inside the run folder.
+    An outcome is ``degraded`` where the edge did not answer in time and the device did it alone: then what was planned
+    and predicted is not what was done, and stands empty. ``reason`` says why an outcome is not ``answered``.
     """
 
     round: str
@@ -42,7 +44,7 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     seed: int
     steps: int
-    outcome: Literal["answered", "failed", "unanswered"]
+    outcome: Literal["answered", "degraded", "failed"]
     reason: str = ""
     cluster: int | None = None
     public_prompt: str | None = None

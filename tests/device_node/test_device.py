@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from broker.messages import Ask, Birth, Close, Picture, Request, Result, Segment, Spent, Work
+from broker.messages import Ask, Birth, Close, Picture, Request, Result, Segment, Spent, Stage, Work
 from broker.topics import Topics
 from device_node.node import DeviceNode, DeviceSettings
 from node.latents import pack
@@ -153,6 +153,72 @@ async def test_what_comes_twice_is_answered_once(world: Any, tiny: Denoiser, cap
     assert len(world.all(Request)) == len(world.all(Result, request="q")) == len(world.all(Picture, request="q")) == 1
     assert world.all(Result, request="q")[0].outcome == "answered"
     assert caplog.text.count("came again") == 3
+
+
+def ask(**change: Any) -> Ask:
+    fields: dict[str, Any] = {"round": "1", "request": "q", "prompt": "a cat", "seed": 4, "steps": STEPS}
+    return Ask(**{**fields, "deadline": time.time() + 60, **change})
+
+
+async def test_where_the_edge_does_not_answer_in_time_it_does_it_alone_and_says_so(world: Any, tiny: Denoiser) -> None:
+    await world.session.publish(CONTROL, ask(patience=0.3, waited=5.0))
+    (result,), (picture,) = await world.until(Result), await world.until(Picture)
+    assert (result.outcome, result.reason) == ("degraded", "edge did not answer within 5.3 s")
+    assert [s.name for s in result.stages] == ["queue", "denoise", "decode"]
+    assert result.finished - result.asked == pytest.approx(5.3, abs=2)
+    whole = tiny.run([tiny.noise(4)], 0, STEPS, STEPS, ["a cat"])
+    assert np.array_equal(pixels(picture), tiny.decode(whole)[0])
+    # What comes late, or is asked again, changes nothing.
+    await world.session.publish(INBOX, work(leg(tiny, 0, STEPS)))
+    await world.session.publish(CONTROL, ask(attempt=1))
+    await world.session.publish(INBOX, work(leg(tiny, 0, STEPS), request="next"))
+    await world.until(Picture, request="next")
+    assert len(world.all(Result, request="q")) == len(world.all(Picture, request="q")) == 1
+
+
+async def test_without_the_time_to_do_it_alone_it_fails_at_the_deadline(world: Any) -> None:
+    deadline = time.time() + 0.4
+    await world.session.publish(CONTROL, ask(steps=1000, deadline=deadline))
+    (failed,) = await world.until(Result)
+    assert failed.outcome == "failed"
+    assert failed.reason.startswith("edge did not answer within 0.")
+    assert failed.finished == pytest.approx(deadline, abs=2)
+
+
+async def test_it_waits_again_for_what_it_has_passed_on(world: Any, tiny: Denoiser) -> None:
+    await world.session.publish(CONTROL, ask(patience=1.0))
+    await world.session.publish(INBOX, work(leg(tiny, 0, 2), leg(tiny, 2, STEPS, node="edge")))
+    await world.until(Work)
+    (result,) = await world.until(Result)
+    assert result.outcome == "degraded"
+
+
+async def test_it_asks_again_when_told_that_others_may_have_forgotten(world: Any, tiny: Denoiser) -> None:
+    for attempt in (0, 0, 1, 2):
+        await world.session.publish(CONTROL, ask(attempt=attempt))
+    requests = await world.until(Request, 3)
+    assert [r.attempt for r in requests] == [0, 1, 2]
+    await world.session.publish(INBOX, work(leg(tiny, 0, STEPS)))
+    assert (await world.until(Result))[0].outcome == "answered"
+    assert len(world.all(Request)) == 3
+
+
+async def test_work_that_waited_for_a_device_that_came_back_is_timed_from_its_first_stage(
+    world: Any, tiny: Denoiser
+) -> None:
+    before = time.time() - 7
+    sent = Stage(name="transfer", node="phone", to="edge", start=before, stop=before + 1)
+    await world.session.publish(INBOX, work(leg(tiny, 0, STEPS), stages=(sent,)))
+    (result,) = await world.until(Result)
+    assert result.asked == before
+
+
+async def test_a_closed_round_is_waited_for_no_longer(world: Any, tiny: Denoiser) -> None:
+    await world.session.publish(CONTROL, ask(patience=0.5))
+    await world.session.publish(CONTROL, Close(round="1"))
+    await world.until(Spent)
+    await asyncio.sleep(1.0)
+    assert not world.all(Result)
 
 
 async def test_it_reports_a_round_and_leaves_when_told(world: Any, tiny: Denoiser, device: asyncio.Task[None]) -> None:

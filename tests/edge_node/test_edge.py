@@ -306,6 +306,47 @@ async def test_a_request_that_comes_twice_is_planned_once(cell: Cell, caplog: py
     assert caplog.text.count("came again") == 2
 
 
+async def test_who_asks_again_is_served_again_but_not_while_the_answer_is_coming(cell: Cell) -> None:
+    await cell.order("device-only", requests=2, window=60)
+    await cell.ear.session.publish(TOPICS.own("d0", "request"), request(0))
+    await cell.ear.session.publish(TOPICS.own("d0", "request"), request(0, attempt=1))  # it still waits for the second
+    await cell.ear.session.publish(TOPICS.own("d1", "request"), request(1))
+    await cell.ear.until(Planned, 1)
+    await cell.ear.until(Result, 2)
+    await cell.ear.session.publish(TOPICS.own("d0", "request"), request(0, attempt=2))
+    plans = [msgspec.msgpack.decode(p.plan, type=Plan) for p in await cell.ear.until(Planned, 2)]
+    assert [sorted(r.request for r in p.routes) for p in plans] == [["r0", "r1"], ["r0"]]
+    await cell.order("device-only", requests=2)  # and so does the order
+    await cell.ear.session.publish(TOPICS.own("d2", "request"), request(2))  # one more than there are
+    await cell.serves()
+    assert not cell.ear.all(Result, request="r2")
+
+
+async def test_a_round_does_not_wait_for_a_device_that_was_lost_in_it(cell: Cell) -> None:
+    await cell.order("device-only", requests=3, window=60)
+    for number in (0, 1):
+        await cell.ask(number)
+    await cell.ear.until(Request, 2)
+    lost = Birth(name="d2", role="device", state="lost")
+    await cell.ear.session.publish(TOPICS.own("d2", "birth"), lost)
+    results = await cell.ear.until(Result, 2)
+    assert {r.request: r.outcome for r in results} == {"r0": "answered", "r1": "answered"}
+    # Nobody loses another node by speaking in its name.
+    await cell.order("device-only", requests=2, window=60, name="2")
+    await cell.ask(0, request="s0", name="2")
+    forged = msgspec.structs.replace(lost, name="d1")
+    await cell.ear.session.publish(TOPICS.own("d2", "birth"), forged)
+    await cell.ask(1, request="s1", name="2")
+    await cell.ear.until(Result, 4)
+    assert len(cell.ear.all(Planned, round="2")) == 1
+
+
+async def test_work_whose_deadline_has_passed_is_not_begun(cell: Cell, tiny: Denoiser) -> None:
+    await cell.forward("d0", forwarded(tiny, 0, STEPS, deadline=1.0))
+    (result,) = await cell.ear.until(Result, request="q")
+    assert (result.outcome, result.reason) == ("failed", "the deadline passed before edge began")
+
+
 async def test_when_the_window_ends_those_that_came_are_served(cell: Cell) -> None:
     await cell.order(requests=3, window=0.2)
     await cell.ask(0)

@@ -47,7 +47,7 @@ def test_a_run_reads_back_as_it_was_recorded(tmp_path: Path) -> None:
     ]
     assert run.events["kind"].to_list() == ["round", "row", "row", "row"]
     assert (folder.path / image).read_bytes() == b"png"
-    assert (folder.path / "summary.csv").read_text().startswith("framework,asked,answered,quality,")
+    assert (folder.path / "summary.csv").read_text().startswith("framework,asked,answered,degraded,quality,")
     assert folder.logs.is_dir()
     assert "quick-start" in folder.path.name
     assert not list(folder.path.rglob(".*.part"))

@@ -156,14 +156,15 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
         folder.update(frameworks=FRAMEWORKS, overruns=3)
         folder.add(request("semct", 0))
         folder.add(request("semct", 1, outcome="failed", reason="the edge refused", quality=None))
-        folder.add(request("semct", 2, outcome="unanswered", reason="no result within 5 s", quality=None))
+        folder.add(request("semct", 2, outcome="failed", reason="no result within 5 s", quality=None))
+        folder.add(request("semct", 3, outcome="degraded", reason="edge did not answer within 9 s"))
     page = report(folder.path)
     warnings = page.text.index("Before you read the numbers")
     assert warnings < page.text.index("Results")
     assert "3 calls took longer than the hardware they emulate" in page.text
-    assert "1 of 3 requests failed (semct): the edge refused" in page.text
-    assert "1 of 3 requests unanswered (semct): no result within 5 s" in page.text
-    assert "1/3" in page.text
+    assert "2 of 4 requests failed (semct): the edge refused; no result within 5 s" in page.text
+    assert "1 of 4 requests were done by the device alone (semct): edge did not answer within 9 s" in page.text
+    assert "2/4" in page.text
 
 
 def test_packets_that_left_late_are_said_first(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_a_run_that_is_still_going_on(tmp_path: Path) -> None:
 def test_only_failures_leave_no_figures(tmp_path: Path) -> None:
     nothing = dict.fromkeys(["quality", "latency_s", "energy_j", "tflop", "utility"])
     with RunFolder.create(tmp_path, "lost") as folder:
-        folder.add(request("semct", 0, outcome="unanswered", **nothing))
+        folder.add(request("semct", 0, outcome="failed", **nothing))
     page = report(folder.path)
     assert "0/1" in page.text
     assert not [a for _, a in page.elements if a.get("role") == "img"]

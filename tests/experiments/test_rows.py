@@ -88,9 +88,25 @@ def test_a_row_says_where_time_and_energy_went(scenario: Scenario) -> None:
     assert (answered.bytes_up, answered.bytes_down, answered.overruns, answered.modelled) == (400, 5000, 1, True)
     assert (answered.cluster, answered.public_prompt, answered.similarity) == (0, "p", 0.5)
     assert (answered.predicted_latency_s, answered.quality, answered.image) == (5, 0.8, "images/a.png")
-    assert (unanswered.outcome, unanswered.reason) == ("unanswered", "no answer within 9 s")
+    assert (unanswered.outcome, unanswered.reason) == ("failed", "no answer within 9 s")
     assert unanswered.latency_s is unanswered.energy_j is unanswered.quality is None
     assert unanswered.shared_steps == 2
+
+
+def test_what_a_device_did_alone_has_its_own_cost_and_nothing_of_the_plan(scenario: Scenario) -> None:
+    alone = served()
+    request, result = next(iter(alone.results.items()))
+    own = (Stage(name="denoise", node="d1", start=130, stop=138, joules=50, flops=4e12, steps=4, modelled=True),)
+    alone.results[request] = msgspec.structs.replace(
+        result, outcome="degraded", reason="edge did not answer within 30 s", stages=own, finished=140
+    )
+    row = request_rows(alone, scenario, kinds=KINDS, quality={request: 0.7}, images={})[0]
+    assert (row.outcome, row.reason, row.quality) == ("degraded", "edge did not answer within 30 s", 0.7)
+    assert row.latency_s == pytest.approx(40 / 2)
+    assert (row.energy_j, row.tflop) == (50, 4)
+    assert row.cluster is row.public_prompt is row.predicted_latency_s is None
+    assert (row.shared_steps, row.edge_steps, row.cloud_steps, row.device_steps) == (0, 0, 0, 4)
+    assert alone.answered == {request}
 
 
 def test_work_that_goes_by_the_cloud_is_counted_there_and_its_way_takes_no_radio(scenario: Scenario) -> None:

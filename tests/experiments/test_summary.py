@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from typing import Any
 
 import msgspec
@@ -126,13 +127,25 @@ def test_only_frameworks_that_answered_everyone_compete() -> None:
         row("a", "d1", 0.3, energy_j=10.0),
         row("b", "d1", 0.2, energy_j=5.0),
         row("c", "d1", 0.9, energy_j=1.0),
-        {**row("c", "d2", 0.0), "quality": None, "outcome": "unanswered"},
+        {**row("c", "d2", 0.0), "quality": None, "outcome": "failed"},
     )
     table = summarise(frame)
     assert best(table, QUALITY) == [True, False, False]
     assert best(table, ENERGY) == [False, True, False]
     assert best(summarise(frame.head(1)), QUALITY) == [False]
     assert best(summarise(requests(row("a", "d1", 0.3), row("b", "d1", 0.3))), QUALITY) == [False, False]
+
+
+def test_a_degraded_answer_is_an_answer_that_is_counted_apart() -> None:
+    frame = requests(
+        row("a", "d1", 0.3),
+        row("a", "d2", 0.5, outcome="degraded", predicted_quality=0.9),
+        row("a", "d3", 0.0, outcome="failed"),
+    )
+    found = summarise(frame).row(0, named=True)
+    assert (found["asked"], found["answered"], found["degraded"]) == (3, 2, 1)
+    assert found["quality"] == pytest.approx(0.4)
+    assert re.search(r"a +2/3 .*\n +1 degraded", shown(summarise(frame)))
 
 
 @pytest.mark.parametrize(
