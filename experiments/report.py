@@ -25,6 +25,7 @@ from experiments.summary import (
     PREDICTED,
     Measure,
     best,
+    compared,
     decimals,
     paired,
     prediction_errors,
@@ -156,7 +157,7 @@ def _page(run: Run, drawings: Sequence[Drawing]) -> str:
         warnings=list(_warnings(run)),
         modelled=modelled,
         measured=measured,
-        measures=[m.label for m in MEASURES],
+        measures=[m.label for m in compared(summary)],
         results=_results(summary),
         against=against,
         differences=_differences(run.requests, against) if against else [],
@@ -327,7 +328,7 @@ def _provenance(run: Run) -> tuple[list[str], list[str]]:
 
 
 def _results(summary: pl.DataFrame) -> list[Line]:
-    columns = [_means(summary, m, best(summary, m)) for m in MEASURES]
+    columns = [_means(summary, m, best(summary, m)) for m in compared(summary)]
     return [
         Line(
             framework=row["framework"],

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from broker.messages import Compute, Spent, Stage
+from experiments.judging import Judgement
 from experiments.links import LinkControl
 from experiments.scenario import Scenario
 from experiments.served import Served
@@ -27,14 +28,14 @@ def request_rows(
     scenario: Scenario,
     *,
     kinds: Mapping[str, Kind],
-    quality: Mapping[str, float],
+    judged: Mapping[str, Judgement],
     images: Mapping[str, str],
 ) -> list[RequestRow]:
     """A row for every request of a round, still without its measured utility.
 
-    ``kinds`` says what each node is; ``quality`` holds the pictures' scores and ``images`` their paths, by request.
-    Durations are those of the
-    emulated world: wall time divided by the scenario's slowdown, but for planning, which is not slowed down.
+    ``kinds`` says what each node is; ``judged`` holds what the pictures are worth and ``images`` their paths, by
+    request. Durations are those of the emulated world: wall time divided by the scenario's slowdown, but for planning,
+    which is not slowed down.
     """
     plan = served.plan
     return [
@@ -44,7 +45,7 @@ def request_rows(
             request,
             plan,
             kinds=kinds,
-            quality=quality.get(request),
+            judged=judged.get(request),
             image=images.get(request),
         )
         for request in served.prompts
@@ -239,7 +240,7 @@ def _row(
     plan: Plan | None,
     *,
     kinds: Mapping[str, Kind],
-    quality: float | None,
+    judged: Judgement | None,
     image: str | None,
 ) -> RequestRow:
     result = served.results.get(request)
@@ -283,7 +284,8 @@ def _row(
         edge_steps=own["edge"] if own else None,
         cloud_steps=own["cloud"] if own else None,
         device_steps=own["device"] if own else None,
-        quality=quality,
+        quality=judged.quality if judged else None,
+        fidelity=judged.fidelity if judged else None,
         latency_s=(result.finished - result.asked - planning) / pace + planning if result and answered else None,
         energy_j=sum(joules.values()) + radio if answered else None,
         tflop=sum(s.flops for s in stages if s.name == "denoise") / 1e12 if answered else None,

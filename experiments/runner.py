@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import random
 import signal
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from PIL import Image
 
 from broker.messages import AnyMessage, Ask, Birth, Close, LinkNow, Picture, Planned, Result, Round, Spent
 from broker.session import Session
@@ -22,6 +19,7 @@ from broker.topics import Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments import rows
+from experiments.judging import Judge, with_difference
 from experiments.links import LinkControl, courses
 from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
@@ -35,7 +33,7 @@ from semct import frameworks
 from semct.cache import CacheSettings
 from semct.compute import check_names
 from semct.cost import Kind, Weights
-from semct.quality import Scorer, load_quality_model, load_scorer
+from semct.quality import load_quality_model
 from semct.runs import RequestRow
 
 RUNNER = "runner"
@@ -273,7 +271,7 @@ async def _rounds(
     folder: RunFolder,
     watcher: Watcher,
 ) -> None:
-    scorer = await asyncio.to_thread(load_scorer, scenario.scorer)
+    judge = await asyncio.to_thread(Judge.load, scenario.scorer, scenario.objective_scorer)
     await runner.all_ready()
     computes = {name: birth.compute for name, birth in runner.births.items() if birth.compute is not None}
     profiles = {name: compute.profile for name, compute in computes.items()}
@@ -295,7 +293,7 @@ async def _rounds(
             async with control.played(courses(settings, scenario.seed + repetition, beside)):
                 applied, before = await control.applied(), await control.counted()
                 served = await runner.serve(framework, repetition, watcher, links=control.told(scenario.radio))
-                found += await _keep(served, scenario, scorer, place, folder, kinds=kinds)
+                found += await _keep(served, scenario, judge, place, folder, kinds=kinds)
                 for transfer in (transfers := rows.transfer_rows(served, control.during, slowdown=scenario.slowdown)):
                     folder.add(transfer)
                 after = await control.counted()
@@ -310,6 +308,7 @@ async def _rounds(
                     folder.add(link)
             unanswered |= served.unanswered
             watcher.note(f"{framework}: {len(served.answered)} of {len(served.prompts)} users have their picture")
+        found = await asyncio.to_thread(with_difference, found, folder.path)
         for row in rows.with_utility(found, weights(scenario), references):
             folder.add(row)
     watcher.rounds(total, total)
@@ -322,7 +321,7 @@ async def _rounds(
 async def _keep(
     served: Served,
     scenario: Scenario,
-    scorer: Scorer,
+    judge: Judge,
     place: Place,
     folder: RunFolder,
     *,
@@ -331,13 +330,9 @@ async def _keep(
     """Score a round's pictures, and keep all that the round left."""
     folder.event("planned", round=served.round, plan=served.plan, seconds=served.seconds)
     shown = sorted(served.answered & set(served.pictures))
-    quality: dict[str, float] = {}
-    if shown:
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(served.pictures[r])).convert("RGB")) for r in shown])
-        scores = await asyncio.to_thread(scorer.score, pixels, [served.prompts[r] for r in shown])
-        quality = {r: float(score) for r, score in zip(shown, scores, strict=True)}
+    judged = await asyncio.to_thread(judge.judge, {r: served.pictures[r] for r in shown}, served.prompts)
     images = {r: folder.image(served.framework, r, served.pictures[r]) for r in shown}
-    found = rows.request_rows(served, scenario, kinds=kinds, quality=quality, images=images)
+    found = rows.request_rows(served, scenario, kinds=kinds, judged=judged, images=images)
     memory = place.memory()
     for row in found:
         folder.add(row)

@@ -150,7 +150,8 @@ class Scenario(Part, frozen=True, kw_only=True):
     some nodes may hold beside it; ``emulated_model`` and ``emulated_small_model`` are those whose size and pace
     emulated nodes show for the two. ``edge`` plans, ``edges`` are others beside it. ``arrivals`` say when users ask:
     all at once, at random, or each at a time of its own in seconds, device by device. ``steps`` is T; ``scorer``
-    judges the pictures; ``timeout`` are the seconds that a request has until its deadline, ``window``
+    judges the pictures against their prompts, ``objective_scorer`` (a CLIP model, none by default) by themselves;
+    ``timeout`` are the seconds that a request has until its deadline, ``window``
     those for which the edge collects a batch; ``slowdown`` stretches emulated time, and is divided out of the record.
     """
 
@@ -170,6 +171,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     emulated_model: str = "sd3-medium"
     emulated_small_model: str = "sd3-800m"
     scorer: str = "embedded"
+    objective_scorer: str | None = None
     steps: Annotated[int, Meta(ge=1, le=1000)] = 28
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     links: DeviceLinks = DeviceLinks()

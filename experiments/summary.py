@@ -39,12 +39,22 @@ ENERGY = Measure("energy_j", "energy", "J", more_is_better=False)
 TFLOP = Measure("tflop", "required TFLOPs", "", more_is_better=False)
 UTILITY = Measure("utility", "utility", "", more_is_better=True)
 MEASURES = (QUALITY, LATENCY, ENERGY, TFLOP, UTILITY)
+FIDELITY = Measure("fidelity", "fidelity", "CLIP-IQA", more_is_better=True)
+DIFFERENCE = Measure("pixel_difference", "difference to device-only", "of 255", more_is_better=False)
+SOMETIMES = (FIDELITY, DIFFERENCE)
+"""What pictures are compared by, too, where a run has it."""
 PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
 """What a plan predicts of every request."""
 
 _COLUMNS = [m.column for m in MEASURES]
 _ANSWERED = pl.col("outcome").is_in(["answered", "degraded"])
 _DEGRADED = pl.col("outcome") == "degraded"
+
+
+def compared(table: pl.DataFrame) -> tuple[Measure, ...]:
+    """The measures that a table of requests or their summary holds: ``MEASURES``, and others where there are values."""
+    there = (m for m in SOMETIMES if m.column in table.columns and table[m.column].count())
+    return (*MEASURES, *there)
 
 
 def summarise(requests: pl.DataFrame, *, frameworks: Sequence[str] = ()) -> pl.DataFrame:
@@ -59,11 +69,12 @@ def summarise(requests: pl.DataFrame, *, frameworks: Sequence[str] = ()) -> pl.D
     names = list(dict.fromkeys([*frameworks, *requests["framework"]]))
     order = pl.DataFrame({"framework": names}, schema={"framework": pl.String})
     counts = requests.group_by("framework").agg(asked=pl.len(), answered=_ANSWERED.sum(), degraded=_DEGRADED.sum())
-    users = requests.filter(_ANSWERED).group_by("framework", "device").agg(pl.col(_COLUMNS).mean())
+    columns = [m.column for m in compared(requests)]
+    users = requests.filter(_ANSWERED).group_by("framework", "device").agg(pl.col(columns).mean())
     totals = requests.group_by("framework", "repetition").agg(pl.col("tflop").sum())
-    per_user = users.group_by("framework").agg(_spread([c for c in _COLUMNS if c != "tflop"]))
+    per_user = users.group_by("framework").agg(_spread([c for c in columns if c != "tflop"]))
     per_repetition = totals.group_by("framework").agg(_spread(["tflop"]))
-    spread = [f"{column}{suffix}" for column in _COLUMNS for suffix in ("", "_std", "_ci95")]
+    spread = [f"{column}{suffix}" for column in columns for suffix in ("", "_std", "_ci95")]
     return (
         order.join(counts, on="framework", how="left", maintain_order="left")
         .join(per_user, on="framework", how="left", maintain_order="left")

@@ -26,7 +26,9 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Suffixes name the units: ``_s`` seconds of the emulated world (divided by the slowdown), ``_j`` joules,
     ``bytes_`` bytes on the wire; ``tflop`` is the request's part of denoising, a step shared by n requests
-    counted 1/n. ``quality`` is the content quality in the scorer's unit, ``similarity`` the cosine of
+    counted 1/n. ``quality`` is the content quality in the scorer's unit; ``fidelity`` (CLIP-IQA, 0 to 1) judges the
+    picture by itself, where the scenario names a scorer for that; ``pixel_difference`` is the mean absolute difference
+    of its channels, 0 to 255, from the user's device-only picture of the same noise. ``similarity`` is the cosine of
     personal and public prompt. ``shared_steps``, ``edge_steps`` and ``device_steps`` are the paper's x, y and
     z: steps that others share, wherever they run, and own ones on edges and device; ``cloud_steps`` are own ones in
     the cloud. The stages ``upload_s`` ... ``decode_s`` say where the time went; ``relay_s`` and ``bytes_relayed``
@@ -55,6 +57,8 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     cloud_steps: int | None = None
     device_steps: int | None = None
     quality: float | None = None
+    fidelity: float | None = None
+    pixel_difference: float | None = None
     latency_s: float | None = None
     energy_j: float | None = None
     tflop: float | None = None

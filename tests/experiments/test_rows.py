@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from broker.messages import Compute, Planned, Result, Stage
+from experiments.judging import Judgement
 from experiments.rows import node_rows, predicted_references, request_rows, with_utility
 from experiments.scenario import Scenario, load_scenario
 from experiments.served import Served
@@ -69,7 +70,7 @@ def served(framework: str = "semct") -> Served:
 
 def test_a_row_says_where_time_and_energy_went(scenario: Scenario) -> None:
     answered, unanswered = request_rows(
-        served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={"semct-d1": "images/a.png"}
+        served(), scenario, kinds=KINDS, judged={"semct-d1": Judgement(0.8)}, images={"semct-d1": "images/a.png"}
     )
     # 16 s on the wall, of which 2 s of planning count in full and the rest half.
     assert answered.latency_s == pytest.approx(14 / 2 + 2)
@@ -124,7 +125,7 @@ def test_work_that_goes_by_the_cloud_is_counted_there_and_its_way_takes_no_radio
     )
     plan = msgspec.msgpack.encode(Plan(clusters=(), routes=routes))
     around.planned = [Planned(round="r", framework="semct", plan=msgspec.Raw(plan), seconds={})]
-    (row, _) = request_rows(around, scenario, kinds=KINDS, quality={}, images={})
+    (row, _) = request_rows(around, scenario, kinds=KINDS, judged={}, images={})
     assert (row.edge_denoise_s, row.cloud_denoise_s, row.relay_s, row.download_s) == (0, 2, 1, 0.5)
     assert (row.energy_edge_j, row.energy_cloud_j, row.energy_device_j) == (0, 40, 35)
     assert row.energy_radio_j == pytest.approx(0.5 * 1 + 0.5 * 3)
@@ -135,7 +136,7 @@ def test_work_that_goes_by_the_cloud_is_counted_there_and_its_way_takes_no_radio
 
 def test_utility_is_against_the_same_users_device_only_where_there_is_one(scenario: Scenario) -> None:
     weights = Weights(quality=0.5, latency=0.25, energy=0.25)
-    (row, lost) = request_rows(served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={})
+    (row, lost) = request_rows(served(), scenario, kinds=KINDS, judged={"semct-d1": Judgement(0.8)}, images={})
     reference = msgspec.structs.replace(
         row, framework="device-only", quality=1.0, latency_s=DEVICE_SECONDS, energy_j=117.0
     )
@@ -150,7 +151,7 @@ def test_without_device_only_the_reference_is_predicted(scenario: Scenario) -> N
     references = predicted_references({"d1": compute}, scenario, edge="edge", quality=1.0)
     assert references.keys() == {"d1"}
     assert (references["d1"].latency, references["d1"].energy) == (4 * 2 + 1, 4 * 25 + 17)
-    (row, _) = request_rows(served(), scenario, kinds=KINDS, quality={"semct-d1": 0.8}, images={})
+    (row, _) = request_rows(served(), scenario, kinds=KINDS, judged={"semct-d1": Judgement(0.8)}, images={})
     (found,) = with_utility([row], Weights(quality=1, latency=0, energy=0), references)
     assert found.utility == pytest.approx(0.8)
 

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from experiments.summary import (
     ENERGY,
+    MEASURES,
     QUALITY,
     best,
+    compared,
     decimals,
     paired,
     prediction_errors,
@@ -49,6 +51,17 @@ def test_mean_and_spread_are_over_users() -> None:
     assert found["quality"] == pytest.approx(0.4)
     assert found["quality_std"] == pytest.approx(0.2)  # sqrt((0.04 + 0 + 0.04) / 2)
     assert found["quality_ci95"] == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)  # t(0.975, 2)
+
+
+def test_what_few_runs_have_is_a_column_where_they_do() -> None:
+    without = summarise(requests(row("a", "d1", 0.2)))
+    assert not {"fidelity", "pixel_difference"} & set(without.columns)
+    assert compared(without) == MEASURES
+    table = summarise(requests(row("a", "d1", 0.2, pixel_difference=3.0), row("a", "d2", 0.2, pixel_difference=5.0)))
+    assert table["pixel_difference"].to_list() == [4.0]
+    assert [m.column for m in compared(table)] == [*(m.column for m in MEASURES), "pixel_difference"]
+    older = requests(row("a", "d1", 0.2)).drop("fidelity", "pixel_difference")  # of a run before there were any
+    assert summarise(older).equals(without)
 
 
 def test_each_users_mean_comes_first() -> None:
