@@ -278,13 +278,15 @@ class Picture(Message, frozen=True, kw_only=True):
 class Planned(Message, frozen=True, kw_only=True):
     """Edge to runner: what was planned for a round, as the planner's own structure.
 
-    ``plan`` is msgpack of the method's Plan; ``seconds`` the wall time that each part of planning took.
+    ``plan`` is msgpack of the method's Plan; ``seconds`` the wall time that each part of planning took, which
+    ``began`` then.
     """
 
     round: Identifier
     framework: Identifier
     plan: msgspec.Raw
     seconds: dict[str, float]
+    began: Time = 0.0
     error: str = ""
 
 
@@ -299,10 +301,20 @@ class CacheCounts(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Count = 0
 
 
+class Call(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One denoiser call: its model, when it began and ended, and the step of each of its rows."""
+
+    model: Identifier
+    start: Time
+    stop: Time
+    steps: Annotated[tuple[Step, ...], Meta(max_length=1024)]
+
+
 class Spent(Message, frozen=True, kw_only=True):
     """Node to runner, when a round is over on it: totals that no single request shows.
 
-    ``shortages`` are denoiser calls for which memory did not suffice.
+    ``shortages`` are denoiser calls for which memory did not suffice. ``calls`` are the latest of the round's
+    denoiser calls, as many as the message may hold.
     """
 
     round: Identifier
@@ -315,6 +327,7 @@ class Spent(Message, frozen=True, kw_only=True):
     overruns: int
     shortages: Count = 0
     cache: CacheCounts | None = None
+    calls: Annotated[tuple[Call, ...], Meta(max_length=10_000)] = ()
 
 
 class Close(Message, frozen=True, kw_only=True):

@@ -233,7 +233,9 @@ class EdgeNode:
                 tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
             return
         spent = time.time() - planning
-        tasks.create_task(self._announce(session, order, messages, plan=plan, seconds=seconds, planning=spent))
+        tasks.create_task(
+            self._announce(session, order, messages, plan=plan, seconds=seconds, began=planning, planning=spent)
+        )
         for route in plan.routes:
             incoming = batch[route.request]
             assert isinstance(incoming.message, Request)  # noqa: S101  only requests are gathered
@@ -252,6 +254,7 @@ class EdgeNode:
         *,
         plan: Plan,
         seconds: dict[str, float],
+        began: float,
         planning: float,
     ) -> None:
         """Tell the plan with what is expected of it, now that the seconds of ``planning`` are known."""
@@ -259,7 +262,9 @@ class EdgeNode:
             plan = await asyncio.to_thread(self._planner.forecast, order, asked, plan, planning=planning)
         except Exception:  # the requests are served all the same
             _logger.exception("round %s: the plan of %s cannot be forecast", order.round, order.framework)
-        planned = Planned(round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds)
+        planned = Planned(
+            round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds, began=began
+        )
         await deliver(session, session.topics.own(self._settings.name, "planned"), planned)
 
     def _work(

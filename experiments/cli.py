@@ -395,6 +395,7 @@ def _show(console: Console, folder: Path) -> None:
     from experiments.record import Unwritable  # noqa: PLC0415
     from experiments.report import write_report  # noqa: PLC0415
     from experiments.summary import prediction_errors, render, render_errors, summarise  # noqa: PLC0415
+    from experiments.trace import write_trace  # noqa: PLC0415
     from semct.runs import NotARun, load_run  # noqa: PLC0415
 
     try:
@@ -404,6 +405,7 @@ def _show(console: Console, folder: Path) -> None:
             console.print(render_errors(prediction_errors(run.requests)))
         if run.info.overruns:
             console.print(f"[bold red]{run.info.overruns} overruns: emulated times are too long; raise `slowdown`[/]")
+        write_trace(run)
         console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
     except (NotARun, Unwritable) as error:
         typer.echo(f"semct: {error}", err=True)

@@ -1,8 +1,9 @@
 """What a run leaves: one folder that is readable at any moment, also of a run that failed half-way.
 
 ``runs/<utc>-<scenario>-<id>/`` holds ``run.json`` (how the run stands and what it ran on), ``scenario.yaml``,
-``events.jsonl`` (a journal, one line as it happens), ``requests.parquet``, ``nodes.parquet``, ``links.parquet``
-and ``transfers.parquet`` (the rows, written when the folder closes), ``summary.csv``, ``images/`` and ``logs/``.
+``events.jsonl`` (a journal, one line as it happens), ``requests.parquet``, ``nodes.parquet``, ``links.parquet``,
+``transfers.parquet``, ``stages.parquet``, ``calls.parquet`` and ``planning.parquet`` (the rows, written when the folder
+closes), ``summary.csv``, ``images/`` and ``logs/``.
 Rows stand in the journal too, so that a run whose process was killed loses none of them.
 """
 

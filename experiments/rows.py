@@ -17,7 +17,7 @@ from netem.control import Counters
 from netem.link import Link
 from semct.cost import Kind, Network, NodeState, Outcome, Weights, device_only, utility
 from semct.routes import Plan, wording
-from semct.runs import LinkRow, NodeRow, RequestRow, TransferRow
+from semct.runs import CallRow, LinkRow, NodeRow, PlanningRow, RequestRow, StageRow, TransferRow
 
 _LARGE = 100_000  # bytes from which a transfer's time is the rate's rather than the delay's
 _SMALL = 1400  # bytes that one packet carries, about
@@ -124,6 +124,68 @@ def transfer_rows(served: Served, links: Callable[[str, float], Link | None], *,
                 )
             )
     return found
+
+
+def stage_rows(served: Served, *, slowdown: float) -> list[StageRow]:
+    """A row for every stretch of every request's time."""
+    return [
+        StageRow(
+            round=served.round,
+            framework=served.framework,
+            request=request,
+            name=s.name,
+            node=s.node,
+            start=s.start,
+            stop=s.stop,
+            seconds=(s.stop - s.start) / (1.0 if s.name == "plan" else slowdown),
+            joules=s.joules,
+            tflop=s.flops / 1e12,
+            steps=s.steps,
+            size=s.size,
+            to=s.to,
+            overruns=s.overruns,
+            modelled=s.modelled,
+        )
+        for request, result in served.results.items()
+        for s in result.stages
+    ]
+
+
+def call_rows(served: Served) -> list[CallRow]:
+    """A row for every denoiser call that the nodes told of."""
+    return [
+        CallRow(
+            round=served.round,
+            framework=served.framework,
+            node=node,
+            start=c.start,
+            stop=c.stop,
+            model=c.model,
+            rows=len(c.steps),
+            first_step=min(c.steps),
+            last_step=max(c.steps),
+        )
+        for node, spent in served.spent.items()
+        for c in spent.calls
+        if c.steps
+    ]
+
+
+def planning_rows(served: Served, *, edge: str) -> list[PlanningRow]:
+    """A row for every part of planning on the ``edge``, batch by batch."""
+    return [
+        PlanningRow(
+            round=served.round,
+            framework=served.framework,
+            node=edge,
+            batch=number,
+            part=part,
+            began=planned.began,
+            seconds=seconds,
+        )
+        for number, planned in enumerate(served.planned)
+        for part, seconds in planned.seconds.items()
+    ]
 
 
 def link_rows(

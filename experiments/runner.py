@@ -34,7 +34,7 @@ from semct.cache import CacheSettings
 from semct.compute import check_names
 from semct.cost import Kind, Weights
 from semct.quality import load_quality_model
-from semct.runs import RequestRow
+from semct.runs import RequestRow, Row
 
 RUNNER = "runner"
 EDGE = "edge"
@@ -338,6 +338,13 @@ async def _keep(
         folder.add(row)
     for node in rows.node_rows(served, kinds=kinds, memory=memory, ended=place.ended):
         folder.add(node)
+    told: list[Row] = [
+        *rows.stage_rows(served, slowdown=scenario.slowdown),
+        *rows.call_rows(served),
+        *rows.planning_rows(served, edge=EDGE),
+    ]
+    for stretch in told:
+        folder.add(stretch)
     folder.update(
         overruns=folder.info.overruns + sum(spent.overruns for spent in served.spent.values()),
         device_memory_mib=tuple(memory[d] for d in sorted(served.devices.values()) if d in memory),

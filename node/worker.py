@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from broker.messages import Compute, Pace, Spent, Stage, Work
+from broker.messages import Call, Compute, Pace, Spent, Stage, Work
 from broker.session import Incoming
 from node.latents import pack, unpack
 from node.settings import NodeSettings
@@ -196,6 +196,7 @@ class Worker:
             joules=now.joules - before.joules,
             overruns=now.overruns - before.overruns,
             shortages=now.shortages - before.shortages,
+            calls=tuple(Call(model=c.model, start=c.start, stop=c.stop, steps=c.steps) for c in self._engine.calls()),
         )
 
     def _admit(self) -> None:

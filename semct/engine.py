@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +26,10 @@ from semct.diffusion import Denoiser
 from semct.routes import Prompt, Segment
 
 _logger = logging.getLogger(__name__)
+
+
+CALLS_KEPT = 10_000
+"""Denoiser calls that an engine remembers until it is asked for them: of more, the latest."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +74,15 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 
     job: Job
     reason: str
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One denoiser call: when it began and ended by the engine's clock, and the step of each of its rows."""
+
+    model: str
+    start: float
+    stop: float
+    steps: tuple[int, ...]
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +166,7 @@ class Engine:
         self._weights: dict[Hashable, float] = {}
         self._done: list[Done] = []
         self._refused: list[Refused] = []
+        self._calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.totals = Totals()
 
     @property
@@ -205,6 +220,12 @@ class Engine:
         """The jobs that had to be given up since this was asked last."""
         refused, self._refused = self._refused, []
         return refused
+
+    def calls(self) -> list[Call]:
+        """The latest calls since this was asked last, at most ``CALLS_KEPT``."""
+        calls = list(self._calls)
+        self._calls.clear()
+        return calls
 
     def _board(self, rider: _Rider, origin: tuple[Hashable, ...], latent: Tensor) -> None:
         """Put a rider on the track of its current segment, which starts from ``latent``."""
@@ -309,6 +330,8 @@ class Engine:
         except torch.OutOfMemoryError:
             return False
         self._count(cost, len(tracks))
+        steps = tuple(t.step for t in tracks)
+        self._calls.append(Call(model=tracks[0].model, start=started, stop=self._clock(), steps=steps))
         for track, latent in zip(tracks, latents, strict=True):
             self._charge(track, started, cost, 1 / len(tracks))
             track.step += 1

@@ -177,13 +177,74 @@ class TransferRow(msgspec.Struct, frozen=True, kw_only=True):
     delay_s: float | None = None
 
 
-Row = RequestRow | NodeRow | LinkRow | TransferRow
+class StageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of a request's time on one node: what ``name`` says, from ``start`` to ``stop`` (wall clock, epoch).
+
+    ``seconds`` are of the emulated world: the slowdown divided out, but for planning, which is not slowed down.
+    ``joules``, ``tflop`` and ``steps`` are the request's own part where the work was shared. ``to`` is a transfer's
+    receiver and ``size`` what it put on the wire, in bytes.
+    """
+
+    round: str
+    framework: str
+    request: str
+    name: str
+    node: str
+    start: float
+    stop: float
+    seconds: float
+    joules: float = 0.0
+    tflop: float = 0.0
+    steps: float = 0.0
+    size: int = 0
+    to: str | None = None
+    overruns: int = 0
+    modelled: bool = False
+
+
+class CallRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One denoiser call of a node: from ``start`` to ``stop`` (wall clock, epoch), with so many ``rows``.
+
+    ``first_step`` and ``last_step`` are the lowest and the highest denoising step among its rows.
+    """
+
+    round: str
+    framework: str
+    node: str
+    start: float
+    stop: float
+    model: str
+    rows: int
+    first_step: int
+    last_step: int
+
+
+class PlanningRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of planning a batch of requests: how many wall seconds it took in all.
+
+    ``began`` is when planning of the batch began (wall clock, epoch); the parts follow each other in their order, and
+    what one of them did in several goes stands as one.
+    """
+
+    round: str
+    framework: str
+    node: str
+    batch: int
+    part: str
+    began: float
+    seconds: float
+
+
+Row = RequestRow | NodeRow | LinkRow | TransferRow | StageRow | CallRow | PlanningRow
 
 TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "requests": (RequestRow, ("round", "framework", "request")),
     "nodes": (NodeRow, ("round", "framework", "node")),
     "links": (LinkRow, ("round", "framework", "node")),
     "transfers": (TransferRow, ("round", "framework", "request", "sent")),
+    "stages": (StageRow, ("round", "framework", "request", "node", "name", "start")),
+    "calls": (CallRow, ("round", "framework", "node", "start")),
+    "planning": (PlanningRow, ("round", "framework", "batch", "part")),
 }
 """Each table's row type, and the fields that tell its rows apart."""
 
@@ -257,6 +318,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     nodes: pl.DataFrame
     links: pl.DataFrame
     transfers: pl.DataFrame
+    stages: pl.DataFrame
+    calls: pl.DataFrame
+    planning: pl.DataFrame
     events: pl.DataFrame
 
 

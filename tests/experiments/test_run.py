@@ -114,6 +114,9 @@ def test_a_run_answers_everyone_and_the_same_seed_gives_the_same_pictures_and_pl
         only = run.requests.filter(framework="device-only")
         assert only["utility"].to_list() == pytest.approx([0.4] * 3)
         assert (run.path / "report.html").stat().st_size > 10_000
+        trace = msgspec.json.decode((run.path / "trace.json").read_bytes())["traceEvents"]
+        assert sum(e.get("cat") == "denoiser" for e in trace) == run.nodes["denoiser_calls"].sum() == run.calls.height
+        assert {"embed", "cluster", "LLM: public prompts", "splits and shares"} <= {e["name"] for e in trace}
         pictures = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (run.path / "images").iterdir()}
         assert len(pictures) == 9
         plans = [msgspec.json.decode(line)["plan"] for line in run.events.filter(kind="planned")["data"]]

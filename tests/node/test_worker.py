@@ -246,3 +246,12 @@ async def test_where_memory_does_not_suffice_work_is_refused_in_one_sentence(tin
     assert worker.spent("1").shortages == 2
     driving.cancel()
     await asyncio.wait({driving})
+
+
+async def test_its_report_tells_every_call(worker: Worker, tiny: Denoiser) -> None:
+    await asyncio.gather(*(worker.carry(work(leg(tiny, 0, STEPS), request=r)) for r in ("a", "b")))
+    spent = worker.spent("1")
+    assert sum(len(c.steps) for c in spent.calls) == spent.rows
+    assert len(spent.calls) == spent.denoiser_calls
+    assert {c.model for c in spent.calls} == {tiny.name}
+    assert worker.spent("2").calls == ()

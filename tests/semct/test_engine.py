@@ -263,3 +263,16 @@ def test_what_does_not_fit_alone_is_refused_and_the_rest_goes_on(tiny: Denoiser)
     pace.most = 1
     engine.submit(job(tiny, "r0", ("a cat", 2)))
     assert [d.job.request for d in finish(engine)] == ["r0"]
+
+
+def test_it_remembers_its_calls_until_it_is_asked_for_them(tiny: Denoiser) -> None:
+    ticks = itertools.count()
+    engine = Engine({tiny.name: tiny}, Counting(), rows=8, clock=lambda: float(next(ticks)))
+    engine.submit(job(tiny, "a", ("p", 4), ("a", 4)))
+    engine.submit(job(tiny, "b", ("p", 4), ("b", 2)))
+    finish(engine)
+    calls = engine.calls()
+    assert [c.steps for c in calls] == [(0,), (1,), (2,), (3,), (4, 4), (5, 5), (6,), (7,)]
+    assert all(a.start < a.stop < b.start for a, b in itertools.pairwise(calls))
+    assert len(calls) == engine.totals.calls
+    assert engine.calls() == []
