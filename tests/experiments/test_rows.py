@@ -101,7 +101,7 @@ def test_what_a_device_did_alone_has_its_own_cost_and_nothing_of_the_plan(scenar
     alone.results[request] = msgspec.structs.replace(
         result, outcome="degraded", reason="edge did not answer within 30 s", stages=own, finished=140
     )
-    row = request_rows(alone, scenario, kinds=KINDS, quality={request: 0.7}, images={})[0]
+    row = request_rows(alone, scenario, kinds=KINDS, judged={request: Judgement(0.7)}, images={})[0]
     assert (row.outcome, row.reason, row.quality) == ("degraded", "edge did not answer within 30 s", 0.7)
     assert row.latency_s == pytest.approx(40 / 2)
     assert (row.energy_j, row.tflop) == (50, 4)
