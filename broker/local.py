@@ -48,7 +48,8 @@ class LocalBroker:
     default it is Mosquitto where that is found. It dies with this process, whatever ends it.
 
     Entry raises ``BrokerFailed`` if it does not come up. If it ends later on its own, ``wait`` raises
-    ``BrokerFailed`` at once, and leaving the context does.
+    ``BrokerFailed`` at once, and leaving the context does. ``stop`` and ``start`` are a restart: Mosquitto comes back
+    with the sessions and messages that it had, amqtt with none.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LocalBroker:
         self.log = directory / "broker.log"
         self._asked = implementation
         self._process: asyncio.subprocess.Process
+        self._back: asyncio.Event | None = None  # set when it is back; none while it is not away on purpose
 
     @property
     def implementation(self) -> Implementation:
@@ -80,6 +82,22 @@ class LocalBroker:
         return f"mosquitto {found[1] if found else 'of unknown version'}"
 
     async def __aenter__(self) -> Self:
+        await self._launch()
+        return self
+
+    async def stop(self) -> None:
+        """End it for a while, in order: it keeps what it can keep. ``start`` brings it back."""
+        self._back = self._back or asyncio.Event()
+        await self._end()
+
+    async def start(self) -> None:
+        """Bring it back after ``stop``; raises ``BrokerFailed``."""
+        if self._back is not None:
+            await self._launch()
+            back, self._back = self._back, None
+            back.set()
+
+    async def _launch(self) -> None:
         self._check_addresses()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command, environment = self._command()
@@ -113,22 +131,30 @@ class LocalBroker:
         except BaseException:
             await self._end()
             raise
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.returncode is None:
-            await self._end()
-        elif error is None:
+        alive = self._process.returncode is None
+        await self._end()
+        self._database.unlink(missing_ok=True)  # the testbed is over
+        if alive or self._back is not None:
+            return
+        if error is None:
             raise self._ended()
-        else:
-            error.add_note(str(self._ended()))
+        error.add_note(str(self._ended()))
 
     async def wait(self) -> NoReturn:
         """Raise ``BrokerFailed`` when the broker ends; run it as a task beside what needs the broker."""
-        await self._process.wait()
-        raise self._ended()
+        while True:
+            await self._process.wait()
+            if self._back is None:
+                raise self._ended()
+            await self._back.wait()
+
+    @property
+    def _database(self) -> Path:
+        return self.log.with_name("mosquitto.db")
 
     def _check_addresses(self) -> None:
         for host in self.hosts:
@@ -178,6 +204,8 @@ class LocalBroker:
     def _mosquitto_configuration(self) -> str:
         common = resources.files("broker").joinpath("mosquitto", "common.conf").read_text(encoding="utf-8")
         lines = [common, "allow_anonymous true", *(f"listener {self.port} {host}" for host in self.hosts)]
+        # Written when it is stopped, read when it comes back; saving while it runs would hold up the latents.
+        lines += ["persistence true", f"persistence_location {self._database.parent.resolve()}/", "autosave_interval 0"]
         if os.geteuid() == 0:
             lines.append("user root")  # it would become the user mosquitto, which may not write our log
         return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """A node's session with the broker, on aiomqtt.
 
 What it adds to an MQTT client: presence (a retained birth, a will), typed messages checked at the door, a
-bounded incoming queue, and reconnection that its user does not notice.
+bounded incoming queue, and reconnection that its user does not notice. The session lasts at the broker while the
+node is away (it is no clean one): what is sent to it meanwhile waits there, where the broker keeps messages.
 
 The queue is bounded by MQTT itself. aiomqtt would acknowledge a message before anyone has looked at it, and
 keep or drop what is too much; here a message is acknowledged when its reader asks for the next one, and the
@@ -286,6 +287,7 @@ class Session:
             self._port,
             identifier=f"{self.topics.testbed}.{self.name}",
             will=will,
+            clean_session=False,
             keepalive=_KEEPALIVE,
             timeout=min(_HANDSHAKE, self._patience),
             logger=_paho_logger,
@@ -307,6 +309,8 @@ class Session:
         finally:
             with contextlib.suppress(aiomqtt.MqttError):  # raised at once if the connection is lost
                 await self._announce(client, self._farewell)
+                if self._farewell == "gone" and self._subscriptions:  # else the broker would keep what nobody fetches
+                    await client.unsubscribe(list(self._subscriptions), timeout=_ANNOUNCE)
             with contextlib.suppress(aiomqtt.MqttError):
                 await client.__aexit__(None, None, None)
 

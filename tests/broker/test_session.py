@@ -282,6 +282,60 @@ async def test_a_session_outlives_its_broker(connect: Connect, topics: Topics, l
             await sessions.aclose()
 
 
+async def test_after_a_restart_of_the_broker_all_are_back_soon_and_no_message_is_lost(
+    connect: Connect, topics: Topics, mosquitto: Local
+) -> None:
+    names = [f"d{n}" for n in range(20)]
+    per_node = 40
+    async with mosquitto() as broker, contextlib.AsyncExitStack() as stack:
+        nodes = {n: await stack.enter_async_context(connect(n, topics.inbox(n, "work"))) for n in names}
+        edge = await stack.enter_async_context(connect("edge"))
+        heard: dict[str, set[str]] = {n: set() for n in names}
+
+        async def listen(name: str) -> None:
+            async for incoming in nodes[name]:
+                assert isinstance(incoming.message, Work)
+                heard[name].add(incoming.message.request)
+                await asyncio.sleep(0.01)  # so that much is on its way, not yet acknowledged, when the broker goes
+
+        async def send(name: str) -> None:
+            for n in range(per_node):
+                await edge.publish(topics.inbox(name, "work"), work(f"q{n}"))
+
+        listening = [asyncio.create_task(listen(n)) for n in names]
+        sending = [asyncio.create_task(send(n)) for n in names]
+        await until(lambda: sum(map(len, heard.values())) > 100)
+        assert not all(task.done() for task in sending)
+        await broker.stop()
+        await asyncio.sleep(0.2)
+        await broker.start()
+        began = asyncio.get_running_loop().time()
+        await until(lambda: all(s.connections == 2 for s in (*nodes.values(), edge)))
+        assert asyncio.get_running_loop().time() - began < 5
+        await asyncio.gather(*sending)
+        await until(lambda: all(len(requests) == per_node for requests in heard.values()))
+        for task in listening:
+            task.cancel()
+        await asyncio.wait(listening)
+
+
+async def test_what_is_sent_to_a_node_that_is_away_waits_for_it(
+    connect: Connect, topics: Topics, mosquitto: Local
+) -> None:
+    control = topics.inbox("d0", "control")
+    async with mosquitto(), connect("runner") as runner:
+        with pytest.raises(ZeroDivisionError):
+            async with connect("d0", control):
+                raise ZeroDivisionError  # as a crash would, this ends no session
+        await runner.publish(control, ask)
+        async with connect("d0", control) as device:
+            assert [incoming.message for incoming in await take(device, 1)] == [ask]
+        await runner.publish(control, ask)  # it has left in order: nobody waits for this
+        async with connect("d0", control) as device:
+            await runner.publish(control, Close())
+            assert [incoming.message for incoming in await take(device, 1)] == [Close()]
+
+
 async def test_publishing_to_a_dead_broker_ends_in_a_clear_error(
     connect: Connect, topics: Topics, local: Local
 ) -> None:
