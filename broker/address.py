@@ -1,4 +1,4 @@
-"""Where a broker is, as a person writes it: ``HOST``, ``HOST:PORT`` or ``mqtt://HOST:PORT``."""
+"""Where a broker is, as a person writes it: ``HOST``, ``HOST:PORT``, ``mqtt://HOST:PORT`` or ``mqtts://HOST:PORT``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-_PORT = 1883
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 class BadAddress(ValueError):
@@ -15,10 +15,11 @@ class BadAddress(ValueError):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A broker's host (a name or an IP address) and port."""
+    """A broker's host (a name or an IP address), its port, and whether it talks TLS."""
 
     host: str
     port: int
+    tls: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -29,6 +30,13 @@ class Address(msgspec.Struct, frozen=True):
         except ValueError:
             parts, port = urlsplit(""), None
         plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password)
-        if parts.scheme != "mqtt" or not plain or not re.fullmatch(r"[A-Za-z0-9_.:-]+", parts.hostname or ""):
-            raise BadAddress(f"{text[:80]!r} is no address of a broker: write mqtt://HOST or mqtt://HOST:PORT")
-        return cls(parts.hostname or "", _PORT if port is None else port)
+        if parts.scheme not in _PORTS or not plain or not re.fullmatch(r"[A-Za-z0-9_.:-]+", parts.hostname or ""):
+            raise BadAddress(
+                f"{_shown(text)!r} is no address of a broker: write mqtt://HOST:PORT, or mqtts://HOST:PORT with TLS"
+            )
+        return cls(parts.hostname or "", _PORTS[parts.scheme] if port is None else port, parts.scheme == "mqtts")
+
+
+def _shown(text: str) -> str:
+    """A text for an error, without what may be a password in it."""
+    return re.sub(r"//.*@", "//...@", text)[:80]

@@ -1,6 +1,6 @@
 """The broker that a local run starts and stops itself: Mosquitto where it is installed, else amqtt from pip.
 
-It asks for no password, so it listens on loopback and on private addresses only.
+Its main port asks for no password, so it listens on loopback and on the testbed's private addresses only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Self
 
+import msgspec
+
 Implementation = Literal["mosquitto", "amqtt"]
+
+CERTIFICATE, KEY, PASSWORDS, RIGHTS = "broker.crt", "broker.key", "passwords", "rights"
+"""The files of an authority (``broker.authority``) that a broker needs."""
 
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")  # where PATH often does not lead
 _START = 15.0  # seconds until it must accept connections; amqtt imports for a second on a busy machine
 _STOP = 3.0  # seconds between SIGTERM and SIGKILL
 _POLL = 0.02  # seconds
 _PR_SET_PDEATHSIG = 1
+_MOST_OUTSIDE = 64  # connections to a port for devices from outside
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,12 +46,41 @@ class BrokerFailed(RuntimeError):
     """The local broker could not be started, or ended while it was needed."""
 
 
+class Listener(msgspec.Struct, frozen=True, kw_only=True):
+    """One more port of Mosquitto's, for WebSockets perhaps.
+
+    With the folder of an ``authority`` it is for devices from outside: it talks TLS, asks for a password, and lets
+    everyone read and write their own topics only. Without, it is as open as the broker's main port.
+    """
+
+    port: int
+    websockets: bool = False
+    authority: Path | None = None
+
+    def configuration(self, host: str) -> list[str]:
+        """The lines that Mosquitto reads."""
+        lines = [f"listener {self.port} {host}", f"protocol {'websockets' if self.websockets else 'mqtt'}"]
+        if self.authority is None:
+            return [*lines, "allow_anonymous true"]
+        return [
+            *lines,
+            "allow_anonymous false",
+            f"password_file {self.authority / PASSWORDS}",
+            f"acl_file {self.authority / RIGHTS}",
+            f"certfile {self.authority / CERTIFICATE}",
+            f"keyfile {self.authority / KEY}",
+            "use_username_as_clientid true",  # or one could end another's session by its name
+            f"max_connections {_MOST_OUTSIDE}",
+        ]
+
+
 class LocalBroker:
     """A broker as a child process, for as long as ``async with`` lasts.
 
     It listens on ``port`` of each of ``hosts`` (IPv4 addresses of the network namespace that the caller is
     in) and writes ``broker.log`` to ``directory``. ``implementation`` says which broker it must be; by
-    default it is Mosquitto where that is found. It dies with this process, whatever ends it.
+    default it is Mosquitto where that is found. ``more`` are ports that only Mosquitto has. The broker dies with this
+    process, whatever ends it.
 
     Entry raises ``BrokerFailed`` if it does not come up. If it ends later on its own, ``wait`` raises
     ``BrokerFailed`` at once, and leaving the context does. ``stop`` and ``start`` are a restart: Mosquitto comes back
@@ -59,11 +94,13 @@ class LocalBroker:
         port: int,
         directory: Path,
         implementation: Implementation | None = None,
+        more: Sequence[Listener] = (),
     ) -> None:
         self.hosts = tuple(hosts)
         self.port = port
         self.log = directory / "broker.log"
         self._asked = implementation
+        self._more = tuple(more)
         self._process: asyncio.subprocess.Process
         self._back: asyncio.Event | None = None  # set when it is back; none while it is not away on purpose
 
@@ -193,6 +230,11 @@ class LocalBroker:
             configuration = self.log.with_name("mosquitto.conf")
             configuration.write_text(self._mosquitto_configuration(), encoding="utf-8")
             return [binary, "-c", str(configuration)], dict(os.environ)
+        if self._more:
+            raise BrokerFailed(
+                "amqtt knows no WebSockets, passwords and access rules, so it serves the testbed's own nodes only: "
+                "install mosquitto"
+            )
         if importlib.util.find_spec("amqtt") is None:
             raise BrokerFailed("neither mosquitto nor the Python package amqtt is installed: install one of them")
         hosts = [part for host in self.hosts for part in ("--host", host)]
@@ -203,9 +245,11 @@ class LocalBroker:
 
     def _mosquitto_configuration(self) -> str:
         common = resources.files("broker").joinpath("mosquitto", "common.conf").read_text(encoding="utf-8")
-        lines = [common, "allow_anonymous true", *(f"listener {self.port} {host}" for host in self.hosts)]
+        listeners = [Listener(port=self.port), *self._more]
+        lines = ["per_listener_settings true", common]
         # Written when it is stopped, read when it comes back; saving while it runs would hold up the latents.
         lines += ["persistence true", f"persistence_location {self._database.parent.resolve()}/", "autosave_interval 0"]
+        lines += [line for host in self.hosts for listener in listeners for line in listener.configuration(host)]
         if os.geteuid() == 0:
             lines.append("user root")  # it would become the user mosquitto, which may not write our log
         return "\n".join(lines) + "\n"

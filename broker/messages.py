@@ -330,6 +330,21 @@ class Spent(Message, frozen=True, kw_only=True):
     calls: Annotated[tuple[Call, ...], Meta(max_length=10_000)] = ()
 
 
+class Ping(Message, frozen=True, kw_only=True):
+    """Runner to node: what time is it there? ``sent`` is by the runner's clock."""
+
+    sent: Time
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """Node to runner: the answer to the ``Ping`` that was ``sent`` then, ``received`` and ``replied`` by its clock."""
+
+    node: Name
+    sent: Time
+    received: Time
+    replied: Time
+
+
 class Close(Message, frozen=True, kw_only=True):
     """Runner to nodes: this round is over; report what it took. Without a round: leave.
 
@@ -340,7 +355,9 @@ class Close(Message, frozen=True, kw_only=True):
     ends: bool = False
 
 
-AnyMessage = Birth | Enrol | Assign | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Close
+AnyMessage = (
+    Birth | Enrol | Assign | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Ping | Pong | Close
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -30,8 +30,9 @@ import msgspec
 from aiomqtt.exceptions import MqttConnectError
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker.credentials import Credentials
 from broker.messages import MAX_PAYLOAD, AnyMessage, Birth, Enrol, MalformedMessage, decode, encode
-from broker.topics import CARRIES, Topic, Topics
+from broker.topics import CARRIES, SPEAKER, Topic, Topics
 
 _KEEPALIVE = 20  # seconds; an outage of 10 s must not end a session, and a dead peer is noticed in 30
 _HANDSHAKE = 5.0  # seconds that the broker may take for one answer while a connection opens
@@ -93,13 +94,13 @@ class Session:
 
     ``birth`` is published retained on entry (and after each reconnection), with ``state="gone"`` on orderly
     exit, ``"lost"`` when the body raised, and as the will; for a node without a place, it is its ``Enrol``.
-    ``queue`` is the number of incoming messages held for the reader, more than the broker's window; what comes
-    beyond it is dropped and counted.
-    ``patience`` is how many seconds entry waits for a broker, and how long ``publish`` keeps trying.
+    ``credentials`` are shown to the broker, over TLS. ``queue`` is the number of incoming messages held for the
+    reader, more than the broker's window; what comes beyond it is dropped and counted. ``patience`` is how many
+    seconds entry waits for a broker, and how long ``publish`` keeps trying.
 
     ``dropped`` counts incoming messages that did not get through, by reason: ``malformed``, ``oversized``,
-    ``misplaced`` (a topic or a type on a topic that the tree does not know), ``overflow``. ``connections``
-    counts the connections made, so that one less is the number of reconnections.
+    ``misplaced`` (a topic that the tree does not know, or a message that does not belong there), ``overflow``.
+    ``connections`` counts the connections made, so that one less is the number of reconnections.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Session:
         name: str,
         birth: Birth | Enrol | None = None,
         subscriptions: Sequence[str] = (),
+        credentials: Credentials | None = None,
         queue: int = 256,
         patience: float = 30.0,
     ) -> None:
@@ -122,6 +124,8 @@ class Session:
         self.connections = 0
         self._host, self._port = host, port
         self._broker = f"the broker at {host}:{port}"
+        self._credentials = credentials
+        self._tls = credentials.tls() if credentials is not None else None
         self._birth = birth
         self._presence = self.topics.own(name, "enrol" if isinstance(birth, Enrol) else "birth")
         self._subscriptions = tuple(subscriptions)
@@ -286,6 +290,9 @@ class Session:
             self._host,
             self._port,
             identifier=f"{self.topics.testbed}.{self.name}",
+            username=None if self._credentials is None else self._credentials.name,
+            password=None if self._credentials is None else self._credentials.password,
+            tls_context=self._tls,
             will=will,
             clean_session=False,
             keepalive=_KEEPALIVE,
@@ -345,14 +352,16 @@ class Session:
             return "oversized", f"{size} bytes are over the limit of {MAX_PAYLOAD}"
         try:
             topic = Topic.parse(packet.topic.value)
+            own = topic.node
         except ValueError as error:
             return "misplaced", str(error)
         try:
             message = decode(packet.payload)
         except MalformedMessage as error:
             return "malformed", str(error)
-        if not isinstance(message, CARRIES[topic.what]):
-            return "misplaced", f"a message of type {type(message).__name__} does not belong there"
+        kind = type(message)
+        if not isinstance(message, CARRIES[topic.what]) or getattr(message, SPEAKER.get(kind, ""), own) != own:
+            return "misplaced", f"a message of type {kind.__name__} does not belong there, or names another node"
         if self._inbox.qsize() >= self._capacity:
             return "overflow", f"{self._capacity} messages wait for the reader already"
         incoming = Incoming(topic, message, received, size)

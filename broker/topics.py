@@ -1,8 +1,8 @@
 """The topics of a testbed: ``semct/<testbed>/<node>/<what>``.
 
 A node publishes under its own name only. The one exception are inboxes: ``work`` (from edge and cloud nodes)
-and ``control`` (from the runner) of a node are written by others. So the access rule of a device is one line,
-``pattern readwrite semct/+/%u/#``, and no device can read what another one was sent.
+and ``control`` (from the runner) of a node are written by others. So a device needs its own topics only, and no
+device can read what another one was sent: ``broker.rights`` has the rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from broker.messages import (
     Message,
     Name,
     Picture,
+    Ping,
     Planned,
+    Pong,
     Request,
     Result,
     Round,
@@ -29,7 +31,7 @@ from broker.messages import (
     Work,
 )
 
-Outgoing = Literal["birth", "enrol", "request", "forward", "result", "picture", "planned", "spent"]
+Outgoing = Literal["birth", "enrol", "request", "forward", "result", "picture", "planned", "spent", "clock"]
 """What a node publishes under its own name."""
 
 Inbox = Literal["work", "control"]
@@ -37,7 +39,7 @@ Inbox = Literal["work", "control"]
 
 What = Outgoing | Inbox
 
-Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent"]
+Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent", "clock"]
 """What has one topic for each node: all it publishes but ``forward``, which also names the receiver."""
 
 CARRIES: dict[What, tuple[type[Message], ...]] = {
@@ -49,10 +51,21 @@ CARRIES: dict[What, tuple[type[Message], ...]] = {
     "picture": (Picture,),  # device -> runner
     "planned": (Planned,),  # edge -> runner
     "spent": (Spent,),  # node -> runner
+    "clock": (Pong,),  # node -> runner
     "work": (Work,),  # edge or cloud -> node
-    "control": (Assign, Ask, Round, Close),  # runner -> node
+    "control": (Assign, Ask, Round, Ping, Close),  # runner -> node
 }
 """The message types that each kind of topic may carry."""
+
+SPEAKER: dict[type[Message], str] = {
+    Birth: "name",
+    Enrol: "name",
+    Request: "reply",
+    Result: "device",
+    Spent: "node",
+    Pong: "node",
+}
+"""Where such a message says whose it is: that must be the node of its topic, which the broker vouches for."""
 
 _ROOT = "semct"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # the pattern of messages.Name

@@ -70,7 +70,15 @@ class DeviceNode:
         )
         filters = Topics(s.testbed).to_node(s.name)
         async with (
-            Session(s.host, s.port, testbed=s.testbed, name=s.name, birth=birth, subscriptions=filters) as session,
+            Session(
+                s.host,
+                s.port,
+                testbed=s.testbed,
+                name=s.name,
+                birth=birth,
+                subscriptions=filters,
+                credentials=s.shown(),
+            ) as session,
             tasks_until_end() as tasks,
         ):
             tasks.create_task(self._worker.drive())

@@ -121,7 +121,15 @@ class EdgeNode:
         if self._plans is not None:
             filters += (topics.every("request"),)
         async with (
-            Session(s.host, s.port, testbed=s.testbed, name=s.name, birth=birth, subscriptions=filters) as session,
+            Session(
+                s.host,
+                s.port,
+                testbed=s.testbed,
+                name=s.name,
+                birth=birth,
+                subscriptions=filters,
+                credentials=s.shown(),
+            ) as session,
             tasks_until_end() as tasks,
         ):
             tasks.create_task(self._worker.drive())

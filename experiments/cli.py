@@ -285,6 +285,32 @@ def quality(
         _give_up(error)
 
 
+@app.command("enroll")
+def enroll_name(
+    name: Annotated[str, typer.Argument(help="The name of the device, as a scenario's `attached` has it.")] = "",
+    *,
+    ca: Annotated[
+        list[str] | None, typer.Option(help="Make the authority, for a broker at this name or address; repeatable.")
+    ] = None,
+    role: Annotated[Literal["device", "edge", "runner"], typer.Option(help="What the name is to be.")] = "device",
+    folder: Annotated[Path, typer.Option(help="Where the authority is.")] = Path("authority"),
+) -> None:
+    """Make a device's credentials, and with --ca ADDRESS the local authority that vouches for the broker."""
+    from broker.authority import NoAuthority, enroll, make_authority  # noqa: PLC0415
+
+    if not name and not ca:
+        _give_up(ValueError("name a device, or give --ca with the address of the broker"))
+    try:
+        if ca:
+            make_authority(folder, ca)
+            typer.echo(f"{folder} vouches for a broker at {', '.join(ca)}")
+        if name:
+            path = enroll(folder, name, role=role)
+            typer.echo(f"carry {path} to {name} over a way that you trust, and delete it here")
+    except NoAuthority as error:
+        _give_up(error)
+
+
 @app.command("frameworks")
 def list_frameworks() -> None:
     """List the inference frameworks that a scenario can name."""

@@ -9,11 +9,13 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from broker.address import Address, BadAddress
+from broker.credentials import BadCredentials, load_credentials
 from broker.messages import Assign, Close, Enrol
 from broker.session import BrokerRefused, BrokerUnreachable, Session
 from broker.topics import Topics
@@ -26,17 +28,33 @@ _logger = logging.getLogger(__name__)
 
 
 class Door(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and as what a node enrols: the broker, the testbed, its part, and the only place that will do, if any."""
+    """Where and as what a node enrols: the broker, the testbed, its part, and the only place that will do, if any.
+
+    ``credentials`` is the file with what the broker asks for, if it does.
+    """
 
     address: Address
     role: Literal["edge", "device"]
     testbed: str = TESTBED
     wants: str | None = None
+    credentials: str = ""
 
     @property
     def name(self) -> str:
         """What the node is called until it has a place: as it wants to be, or after its machine."""
         return self.wants or provisional_name(socket.gethostname())
+
+
+def make_door(broker: str, role: Literal["edge", "device"], testbed: str, wants: str | None, credentials: str) -> Door:
+    """The door at a broker's address; raises ``BadAddress``, also where credentials and TLS do not go together."""
+    address = Address.parse(broker)
+    if address.tls != bool(credentials):
+        raise BadAddress(
+            f"{broker} is without TLS, and credentials only go over TLS: write mqtts://"
+            if credentials
+            else f"{broker} asks for TLS: name the file of credentials that `semct enroll` made for this node"
+        )
+    return Door(address=address, role=role, testbed=testbed, wants=wants, credentials=credentials)
 
 
 def provisional_name(host: str) -> str:
@@ -47,7 +65,7 @@ def provisional_name(host: str) -> str:
 async def enrol(door: Door, *, left: str | None = None) -> Assign | None:
     """Wait for a place, in a run other than ``left``; none when the testbed ends.
 
-    Raises ``BrokerUnreachable`` and ``BrokerRefused``.
+    Raises ``BrokerUnreachable``, ``BrokerRefused`` and ``BadCredentials``.
     """
     topics = Topics(door.testbed)
     wish = Enrol(name=door.name, role=door.role, state="ready", wants=door.wants, left=left, host=socket.gethostname())
@@ -58,11 +76,12 @@ async def enrol(door: Door, *, left: str | None = None) -> Assign | None:
         name=door.name,
         birth=wish,
         subscriptions=[topics.inbox(door.name, "control")],
+        credentials=load_credentials(Path(door.credentials)) if door.credentials else None,
     ) as session:
         _logger.info("%s waits for a place at %s:%d", door.name, door.address.host, door.address.port)
         async for incoming in session:
             match incoming.message:
-                case Assign() as assign:
+                case Assign() as assign if assign.run != left:  # else it came twice, and late
                     return assign
                 case Close(round=None, ends=True):
                     return None
@@ -82,7 +101,9 @@ def serve_enrolled(kind: type[Settings], serve: Callable[[Settings], bool], door
             _logger.error("the place that the runner assigned is not right: %s", error)
             left = assign.run
             continue
-        here = msgspec.structs.replace(settings, host=door.address.host, port=door.address.port)
+        here = msgspec.structs.replace(
+            settings, host=door.address.host, port=door.address.port, credentials=door.credentials
+        )
         _logger.info("%s is %s from now on", door.name, here.name)
         if serve(here):
             return
@@ -96,6 +117,7 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
     parser.add_argument("--broker", help="where to enrol: HOST, HOST:PORT or mqtt://HOST:PORT")
     parser.add_argument("--name", help="the only place of the scenario that will do; by default the next free one")
     parser.add_argument("--testbed", default=TESTBED, help=f"the testbed's name on the broker, by default {TESTBED}")
+    parser.add_argument("--credentials", default="", help="what to show a broker with TLS: a file by semct enroll")
     arguments = parser.parse_args()
     if (arguments.settings is None) == (arguments.broker is None):
         parser.error("give either a settings file or --broker")
@@ -104,9 +126,8 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
         serve(read_settings(kind, arguments.settings))
         return 0
     try:
-        address = Address.parse(arguments.broker)
-        wants = arguments.name or None
-        serve_enrolled(kind, serve, Door(address=address, role=role, testbed=arguments.testbed, wants=wants))
-    except (BadAddress, BrokerRefused, BrokerUnreachable) as error:
+        door = make_door(arguments.broker, role, arguments.testbed, arguments.name or None, arguments.credentials)
+        serve_enrolled(kind, serve, door)
+    except (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable) as error:
         sys.exit(str(error))
     return 0

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from broker.credentials import Credentials, load_credentials
 from broker.messages import Name
 
 
@@ -20,12 +21,14 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``profile`` is ``native`` or hardware to emulate, ``emulated_models`` says for a model whose size and pace
     the emulation shows, where that is not what ``semct.compute.STANDS_FOR`` says; ``slowdown`` stretches emulated
     time; ``rows`` bounds a denoiser call; ``latent_dtype`` is what latents travel as; ``threads`` are torch's.
+    ``credentials`` is the file with what the node shows the broker, where that asks for it.
     """
 
     testbed: Name
     name: Name
     host: str
     port: int
+    credentials: str = ""
     models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("embedded",)
     profile: str = "native"
     emulated_models: dict[str, str] = {}
@@ -33,6 +36,10 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rows: Annotated[int, Meta(ge=1)] = 8
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     threads: Annotated[int, Meta(ge=1)] = 1
+
+    def shown(self) -> Credentials | None:
+        """What the node shows the broker; raises ``BadCredentials``."""
+        return load_credentials(Path(self.credentials)) if self.credentials else None
 
 
 Settings = TypeVar("Settings", bound=NodeSettings)

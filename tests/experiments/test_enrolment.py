@@ -118,6 +118,9 @@ async def test_a_device_program_serves_one_run_after_the_other(
     listening = [TOPICS.every(what) for what in ("birth", "enrol", "spent", "request")]
     try:
         async with ear("runner", *listening, *TOPICS.to_node("edge")) as heard:
+            async with asyncio.timeout(120):  # a busy machine takes long to import torch
+                while not heard.all(Enrol):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
             for run in (1, 2):
                 async with Enrolment(*bus, testbed="t", places=[settings]):
                     birth = (await heard.until(Birth, run, name="device-1", state="ready"))[-1]
