@@ -12,7 +12,7 @@ from _pytest.mark import ParameterSet
 
 from experiments.cli import app
 from experiments.preview import preview
-from experiments.scenario import load_scenario
+from experiments.scenario import load_prompts, load_scenario
 from experiments.simulation import Simulator
 from semct import frameworks
 from semct.prompts import load_sentence_encoder
@@ -39,7 +39,11 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def every(find: Callable[[Path], Iterable[str]]) -> list[ParameterSet]:
-    return [pytest.param(page, found, id=f"{page.name}: {found}"[:90]) for page in PAGES for found in find(page)]
+    return [
+        pytest.param(page, found, id=f"{page.name}: {found[:60].splitlines()[0]}")
+        for page in PAGES
+        for found in find(page)
+    ]
 
 
 @pytest.mark.parametrize(("page", "command"), every(commands))
@@ -83,6 +87,17 @@ def test_every_link_leads_somewhere(page: Path, link: str) -> None:
 def test_scenarios_and_studies_that_a_page_names_are_there(page: Path) -> None:
     named = set(re.findall(r"experiments/(?:scenarios|studies)/[\w.-]+\.yaml", page.read_text(encoding="utf-8")))
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    every(lambda page: [block for block in blocks(page, "yaml") if block.startswith("name:") and "devices:" in block]),
+)
+def test_scenarios_of_the_pages_are_right(page: Path, text: str, tmp_path: Path) -> None:
+    (tmp_path / "scenario.yaml").write_text(text, encoding="utf-8")
+    scenario = load_scenario(tmp_path / "scenario.yaml")
+    assert load_prompts(scenario, tmp_path)
+    assert set(scenario.frameworks) <= set(frameworks.names())
 
 
 def test_the_framework_of_the_page_works_and_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
