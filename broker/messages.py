@@ -345,6 +345,29 @@ class Pong(Message, frozen=True, kw_only=True):
     replied: Time
 
 
+class Watch(Message, frozen=True, kw_only=True):
+    """Runner to node: say every so many seconds how far requests have come, since somebody watches; 0: nobody does."""
+
+    every: Annotated[float, Meta(ge=0, le=3600)]
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """Node to who watches, by the way (QoS 0): how many steps each request has behind it that the node works on."""
+
+    node: Name
+    requests: Annotated[dict[Identifier, Step], Meta(max_length=10_000)]
+
+
+class View(Message, frozen=True, kw_only=True):
+    """Runner to who watches, retained: one part of the state of a run; the topic says which.
+
+    ``content`` is msgpack of a structure of the runner's own (``experiments.live.scene``).
+    """
+
+    run: Identifier
+    content: msgspec.Raw
+
+
 class Close(Message, frozen=True, kw_only=True):
     """Runner to nodes: this round is over; report what it took. Without a round: leave.
 
@@ -356,7 +379,23 @@ class Close(Message, frozen=True, kw_only=True):
 
 
 AnyMessage = (
-    Birth | Enrol | Assign | Round | Ask | Request | Work | Result | Picture | Planned | Spent | Ping | Pong | Close
+    Birth
+    | Enrol
+    | Assign
+    | Round
+    | Ask
+    | Request
+    | Work
+    | Result
+    | Picture
+    | Planned
+    | Spent
+    | Ping
+    | Pong
+    | Watch
+    | Progress
+    | View
+    | Close
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -204,6 +204,14 @@ class Session:
             state = "connected but silent" if self._connection.done() else f"away ({self._trouble})"
             raise Undelivered(f"{self._broker} is {state}: {topic} was not confirmed in {self._patience:g} s") from None
 
+    def mention(self, topic: str, message: AnyMessage) -> None:
+        """Publish with QoS 0, if the broker is there: for what is soon out of date and may be lost."""
+        if self._connection.done() and not self._connection.cancelled() and self._connection.exception() is None:
+            connection = self._connection.result()
+            if not connection.lost.done():
+                # aiomqtt would wait for room; paho, below it, takes it at once.
+                connection.client._client.publish(topic, encode(message))
+
     async def _attempt(self, topic: str, payload: bytes, *, retain: bool) -> bool:
         """Whether the broker confirmed the payload before its connection was lost."""
         connection = await asyncio.shield(self._connection)

@@ -24,14 +24,19 @@ from broker.messages import (
     Ping,
     Planned,
     Pong,
+    Progress,
     Request,
     Result,
     Round,
     Spent,
+    View,
+    Watch,
     Work,
 )
 
-Outgoing = Literal["birth", "enrol", "request", "forward", "result", "picture", "planned", "spent", "clock"]
+Outgoing = Literal[
+    "birth", "enrol", "request", "forward", "result", "picture", "planned", "spent", "clock", "progress", "view"
+]
 """What a node publishes under its own name."""
 
 Inbox = Literal["work", "control"]
@@ -39,8 +44,8 @@ Inbox = Literal["work", "control"]
 
 What = Outgoing | Inbox
 
-Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent", "clock"]
-"""What has one topic for each node: all it publishes but ``forward``, which also names the receiver."""
+Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent", "clock", "progress"]
+"""What has one topic for each node: not ``forward``, which names the receiver, and ``view``, which names a part."""
 
 CARRIES: dict[What, tuple[type[Message], ...]] = {
     "birth": (Birth,),  # retained
@@ -52,8 +57,10 @@ CARRIES: dict[What, tuple[type[Message], ...]] = {
     "planned": (Planned,),  # edge -> runner
     "spent": (Spent,),  # node -> runner
     "clock": (Pong,),  # node -> runner
+    "progress": (Progress,),  # node -> who watches
+    "view": (View,),  # runner -> who watches, the part named by the topic's last level; retained
     "work": (Work,),  # edge or cloud -> node
-    "control": (Assign, Ask, Round, Ping, Close),  # runner -> node
+    "control": (Assign, Ask, Round, Ping, Watch, Close),  # runner -> node
 }
 """The message types that each kind of topic may carry."""
 
@@ -64,29 +71,37 @@ SPEAKER: dict[type[Message], str] = {
     Result: "device",
     Spent: "node",
     Pong: "node",
+    Progress: "node",
 }
 """Where such a message says whose it is: that must be the node of its topic, which the broker vouches for."""
 
 _ROOT = "semct"
+_DEEPER = ("forward", "view")  # these have one level more
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # the pattern of messages.Name
 
 
 class Topic(msgspec.Struct, frozen=True):
-    """One topic, taken apart. ``to`` is the receiving node of a ``forward`` and None for all others."""
+    """One topic, taken apart.
+
+    ``to`` is the receiving node of a ``forward``, ``part`` the part of a ``view``; both are None for all others.
+    """
 
     testbed: Name
     node: Name
     what: What
     to: Name | None = None
+    part: Name | None = None
 
     @classmethod
     def parse(cls, text: str) -> Topic:
         """The parts of a topic; raises ``ValueError`` for anything outside the tree."""
         match text.split("/"):
-            case [root, testbed, node, what] if root == _ROOT and what in CARRIES and what != "forward":
+            case [root, testbed, node, what] if root == _ROOT and what in CARRIES and what not in _DEEPER:
                 return cls(_name(testbed), _name(node), what)
             case [root, testbed, node, "forward", to] if root == _ROOT:
-                return cls(_name(testbed), _name(node), "forward", _name(to))
+                return cls(_name(testbed), _name(node), "forward", to=_name(to))
+            case [root, testbed, node, "view", part] if root == _ROOT:
+                return cls(_name(testbed), _name(node), "view", part=_name(part))
         raise ValueError(f"{text[:80]!r} is no topic of a testbed")
 
 
@@ -105,6 +120,10 @@ class Topics(msgspec.Struct, frozen=True):
     def forward(self, node: str, to: str) -> str:
         """Where the device ``node`` publishes work for the node ``to``, whose inbox it may not write."""
         return f"{_ROOT}/{self.testbed}/{_name(node)}/forward/{_name(to)}"
+
+    def view(self, node: str, part: str) -> str:
+        """Where ``node`` publishes a part of what it has to show."""
+        return f"{_ROOT}/{self.testbed}/{_name(node)}/view/{_name(part)}"
 
     def inbox(self, node: str, what: Inbox) -> str:
         """Where edge and cloud nodes (``work``) and the runner (``control``) write to ``node``."""

@@ -11,9 +11,10 @@ from typing import Literal
 
 import msgspec
 
-from broker.messages import Ask, Birth, Close, Name, Picture, Request, Result, Segment, Work
+from broker.messages import Ask, Birth, Close, Name, Picture, Request, Result, Segment, Watch, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
+from node.reporting import Reporter
 from node.serving import Deliveries, deliver, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
@@ -81,13 +82,16 @@ class DeviceNode:
             ) as session,
             tasks_until_end() as tasks,
         ):
-            tasks.create_task(self._worker.drive())
+            reporter = Reporter(session)
+            tasks.create_task(self._worker.drive(reporter))
             async for incoming in session:
                 match incoming.message:
                     case Ask() as ask if self._deliveries.is_first("ask", ask.round, ask.request, ask.attempt):
                         self._ask(session, tasks, ask)
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._serve(session, tasks, work, incoming))
+                    case Watch() as order:
+                        reporter.watch(order)
                     case Close(round=None, ends=ends):
                         return ends
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):

@@ -12,10 +12,11 @@ from typing import Literal
 
 import msgspec
 
-from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
+from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Watch, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
 from edge_node.planning import Planner
+from node.reporting import Reporter
 from node.serving import Deliveries, deliver, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
@@ -132,7 +133,8 @@ class EdgeNode:
             ) as session,
             tasks_until_end() as tasks,
         ):
-            tasks.create_task(self._worker.drive())
+            reporter = Reporter(session)
+            tasks.create_task(self._worker.drive(reporter))
             async for incoming in session:
                 match incoming.message:
                     case Birth() as other if other.name == incoming.topic.node:
@@ -143,6 +145,8 @@ class EdgeNode:
                         self._gather(session, tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._take(session, work, incoming))
+                    case Watch() as order:
+                        reporter.watch(order)
                     case Close(round=None, ends=ends):
                         return ends
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):

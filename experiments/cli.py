@@ -16,6 +16,7 @@ from rich.console import Console
 
 from broker.local import BrokerFailed
 from broker.session import BrokerRefused, BrokerUnreachable, Undelivered
+from experiments.live.gate import Gate, NoGate, open_gate, url
 from experiments.places import PlaceFailed
 from experiments.scenario import FOLDER, BadScenario, load_scenario, schema
 from netem.hosts import NamespaceError, enter_hub
@@ -39,6 +40,9 @@ def run(
     scenario: Annotated[Path, typer.Argument(help="A scenario file (YAML); see experiments/scenarios/.")],
     runs: Annotated[Path, typer.Option(help="Where the run folder goes.")] = Path("runs"),
     seed: Annotated[int | None, typer.Option(help="Another seed than the scenario's.")] = None,
+    live: Annotated[
+        str, typer.Option(metavar="[ADDRESS:]PORT", help="Where the live page is; 0: any free port of loopback.")
+    ] = "0",
 ) -> None:
     """Run a scenario on this machine, print the table, and leave a run folder with a report."""
     try:
@@ -48,6 +52,10 @@ def run(
     if seed is not None:
         wanted = msgspec.structs.replace(wanted, seed=seed)
     refused = ""
+    try:
+        listening = open_gate(live)
+    except NoGate as error:
+        _give_up(error)
     try:
         enter_hub()
     except NamespaceError as error:
@@ -65,7 +73,11 @@ def run(
     failure: BaseException | None = None
     try:
         with Watcher(console) as watcher:
-            asyncio.run(play(wanted, beside=scenario.parent, folder=folder, refused=refused, watcher=watcher))
+            watcher.note(f"watch it at {url(listening)}")
+            gate = Gate(listening)
+            asyncio.run(
+                play(wanted, beside=scenario.parent, folder=folder, refused=refused, watcher=watcher, gate=gate)
+            )
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         failure = error
     except (

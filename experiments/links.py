@@ -128,6 +128,11 @@ class LinkControl:
             return None
         return past[max(0, bisect_right(past, at, key=lambda entry: entry[0]) - 1)][1]
 
+    def now(self, node: str) -> Link | None:
+        """What is asked of a node's link now; none for a node without a link."""
+        past = self._history.get(node)
+        return past[-1][1] if past else None
+
     def start(self, node: str) -> Link:
         """What was asked of a node's link when the round began."""
         return self._history[node][0][1]

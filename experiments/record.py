@@ -18,7 +18,7 @@ import secrets
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -75,6 +75,7 @@ class RunFolder:
         self.info = info
         self._rows: dict[str, dict[tuple[Any, ...], Row]] = {table: {} for table in TABLES}
         self._journal: BinaryIO | None = None
+        self._readers: list[Callable[[str, Mapping[str, Any]], None]] = []
 
     @classmethod
     def create(cls, root: Path, scenario_name: str) -> RunFolder:
@@ -138,6 +139,10 @@ class RunFolder:
         """Keep the resolved scenario."""
         self._write("scenario.yaml", text.encode() if isinstance(text, str) else text)
 
+    def read_along(self, reader: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """From now on let ``reader`` have the kind and the fields of every event, too."""
+        self._readers.append(reader)
+
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append a line to the journal, at once: seconds of the Unix epoch, what happened, its fields."""
         if self._journal is None:
@@ -148,6 +153,8 @@ class RunFolder:
             self._journal.flush()
         except OSError as error:
             raise _unwritable(self.path / "events.jsonl", error) from error
+        for reader in self._readers:
+            reader(kind, fields)
 
     def add(self, row: Row) -> None:
         """Keep a row; a later row of the same request, node or link replaces it."""

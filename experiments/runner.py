@@ -21,6 +21,8 @@ from edge_node.node import EdgeSettings
 from experiments import rows
 from experiments.judging import Judge, with_difference
 from experiments.links import LinkControl, courses
+from experiments.live.gate import Gate
+from experiments.live.show import Show
 from experiments.places import Place, PlaceFailed
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
@@ -54,11 +56,12 @@ class RunFailed(RuntimeError):
 class Runner:
     """Plays a scenario's rounds on a testbed that is up. ``listen`` must run beside its users."""
 
-    def __init__(self, scenario: Scenario, prompts: Sequence[str], session: Session, place: Place) -> None:
+    def __init__(self, scenario: Scenario, prompts: Sequence[str], session: Session, place: Place, show: Show) -> None:
         self._scenario = scenario
         self._prompts = prompts
         self._session = session
         self._place = place
+        self._show = show
         self.devices = tuple(d.name for d in device_settings(scenario))
         self.nodes = frozenset({EDGE, *(s.name for s in helper_settings(scenario)), *self.devices})
         self._births: dict[str, Birth] = {}
@@ -76,6 +79,7 @@ class Runner:
             async with self._news:
                 self._take(incoming.message)
                 self._news.notify_all()
+            self._show.heard(incoming.message)
 
     async def all_ready(self) -> None:
         """Wait until all nodes have announced themselves; raises ``RunFailed``."""
@@ -102,6 +106,7 @@ class Runner:
             prompts=dict(zip(devices, drawn_prompts(self._scenario, self._prompts, repetition), strict=True)),
             devices=devices,
         )
+        self._show.began(served)
         await self._ask(served, links)
 
         def settled() -> bool:
@@ -187,12 +192,14 @@ class Runner:
                 served.spent[message.node] = message
 
 
-async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: str, watcher: Watcher) -> None:
+async def play(
+    scenario: Scenario, *, beside: Path, folder: RunFolder, refused: str, watcher: Watcher, gate: Gate
+) -> None:
     """Run a scenario on this machine, into a run folder.
 
     ``beside`` is the folder of the scenario file; ``refused`` says why this machine permits no network
-    namespaces, if so. Whatever goes wrong, the record is kept: raises ``RunFailed`` where requests went
-    unanswered, and what the scenario, the place and the models raise.
+    namespaces, if so; viewers come in by the ``gate``. Whatever goes wrong, the record is kept: raises
+    ``RunFailed`` where requests went unanswered, and what the scenario, the place and the models raise.
     """
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     with folder:
@@ -227,15 +234,17 @@ async def play(scenario: Scenario, *, beside: Path, folder: RunFolder, refused: 
             logs=folder.logs,
         )
         control = LinkControl(place, slowdown=scenario.slowdown, journal=folder.event)
-        async with place, control.served(folder.path):
+        async with gate, place, control.served(folder.path):
+            gate.lead_to(place.host, place.port)
             watcher.note("the broker and all nodes have started")
             folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
             subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
-            async with Session(
-                place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions
-            ) as session:
-                runner = Runner(scenario, prompts, session, place)
-                rounds = _rounds(scenario, runner, place, control, beside=beside, folder=folder, watcher=watcher)
+            async with (
+                Session(place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions) as session,
+                Show(gate, scenario, folder, control, session, settings=link_settings(scenario), beside=beside) as show,
+            ):
+                runner = Runner(scenario, prompts, session, place, show)
+                rounds = _rounds(scenario, runner, place, control, show, beside=beside, folder=folder, watcher=watcher)
                 await _beside(rounds, runner.listen(), place.watch())
 
 
@@ -266,6 +275,7 @@ async def _rounds(
     runner: Runner,
     place: Place,
     control: LinkControl,
+    show: Show,
     *,
     beside: Path,
     folder: RunFolder,
@@ -281,6 +291,7 @@ async def _rounds(
     references = rows.predicted_references(
         {d: computes[d] for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
     )
+    show.rate(lambda found: rows.with_utility(found, weights(scenario), references))
     kinds = {name: birth.role for name, birth in runner.births.items()}
     settings = link_settings(scenario)
     unanswered: dict[str, str] = {}

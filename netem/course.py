@@ -342,6 +342,11 @@ def resolve(setting: Setting, device: int, seed: int, folder: Path = Path()) -> 
     return course
 
 
+def walk(setting: Setting, device: int, seed: int, folder: Path = Path()) -> Motion | None:
+    """Where a device is in its cell in the course of a run, as ``resolve`` has it; none where its link has no place."""
+    return _motion(setting.cell, device, seed, folder) if setting.cell is not None else None
+
+
 def _base(setting: Setting, device: int, seed: int, folder: Path) -> Course:
     if setting.access is not None:
         return Constant(ACCESS[setting.access].link)

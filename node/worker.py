@@ -19,6 +19,7 @@ from PIL import Image
 from broker.messages import Call, Compute, Pace, Spent, Stage, Work
 from broker.session import Incoming
 from node.latents import pack, unpack
+from node.reporting import Reporter
 from node.settings import NodeSettings
 from semct.cache import LatentCache
 from semct.compute import STANDS_FOR, Processor, processor
@@ -91,14 +92,18 @@ class Worker:
         latent = pack(self._main.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)
         return len(latent.data) + len(latent.padding)
 
-    async def drive(self) -> NoReturn:
-        """Make denoiser calls in a thread as long as there is work."""
+    async def drive(self, reporter: Reporter | None = None) -> NoReturn:
+        """Make denoiser calls in a thread as long as there is work, and let the reporter know how far they are."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting or not self._engine.idle:
                 self._admit()
-                for done in await asyncio.to_thread(self._engine.call):
+                finished = await asyncio.to_thread(self._engine.call)
+                if reporter is not None and reporter.is_watched:
+                    left = {done.job.request: done.job.segments[-1].stop for done in finished}
+                    reporter.report(self._engine.reached(), left)
+                for done in finished:
                     waiter = self._running.pop(done.job.request)
                     if not waiter.cancelled():
                         waiter.set_result(done)

@@ -216,6 +216,10 @@ class Engine:
             self._weights.clear()
         return done
 
+    def reached(self) -> dict[str, int]:
+        """How many steps the requests under way have behind them."""
+        return {rider.job.request: track.step for track in self._tracks.values() for rider in track.riders}
+
     def refused(self) -> list[Refused]:
         """The jobs that had to be given up since this was asked last."""
         refused, self._refused = self._refused, []

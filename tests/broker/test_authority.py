@@ -60,7 +60,8 @@ def shown(authority: Path, name: str) -> Credentials:
 def every_topic(node: str, to: str) -> list[str]:
     """All topics of a node, and those of work that it passes on."""
     own = [TOPICS.own(node, what) for what in get_args(Own)]
-    return [*own, TOPICS.inbox(node, "work"), TOPICS.inbox(node, "control"), TOPICS.forward(node, to)]
+    inbox = [TOPICS.inbox(node, "work"), TOPICS.inbox(node, "control")]
+    return [*own, *inbox, TOPICS.forward(node, to), TOPICS.view(node, to)]
 
 
 async def until(settled: Callable[[], bool]) -> None:

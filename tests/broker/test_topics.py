@@ -16,17 +16,18 @@ def test_every_topic_parses_back(testbed: str, node: str, other: str) -> None:
         assert Topic.parse(topics.own(node, what)) == Topic(testbed, node, what)
     for what in ("work", "control"):
         assert Topic.parse(topics.inbox(node, what)) == Topic(testbed, node, what)
-    assert Topic.parse(topics.forward(node, other)) == Topic(testbed, node, "forward", other)
+    assert Topic.parse(topics.forward(node, other)) == Topic(testbed, node, "forward", to=other)
+    assert Topic.parse(topics.view(node, other)) == Topic(testbed, node, "view", part=other)
 
 
-@given(st.text() | st.from_regex(r"semct/[a-z+#]*/[a-zA-Z-]*/(birth|work|forward)(/[a-z]*)?"))
+@given(st.text() | st.from_regex(r"semct/[a-z+#]*/[a-zA-Z-]*/(birth|work|forward|view)(/[a-z]*)?"))
 def test_what_is_outside_the_tree_is_refused(text: str) -> None:
     try:
         topic = Topic.parse(text)
     except ValueError:
         return
     rebuilt = f"semct/{topic.testbed}/{topic.node}/{topic.what}"
-    assert text == (rebuilt if topic.to is None else f"{rebuilt}/{topic.to}")
+    assert text == "/".join([rebuilt, *filter(None, [topic.to, topic.part])])
 
 
 @pytest.mark.parametrize("name", ["", "A", "a/b", "+", "#", "-a", "a" * 33, "a\n", "ä"])
@@ -47,4 +48,4 @@ def test_a_node_subscribes_to_its_inbox_and_to_what_is_forwarded_to_it() -> None
 
 
 def test_every_kind_of_topic_says_what_it_carries() -> None:
-    assert set(CARRIES) == {*get_args(Own), "forward", "work", "control"}
+    assert set(CARRIES) == {*get_args(Own), "forward", "view", "work", "control"}
