@@ -158,7 +158,8 @@ class LocalBroker:
         try:
             async with asyncio.timeout(_START):
                 for host in self.hosts:
-                    await self._accepting(host)
+                    for port in (self.port, *(listener.port for listener in self._more)):
+                        await self._accepting(host, port)
         except TimeoutError:
             await self._end()
             raise BrokerFailed(
@@ -254,12 +255,12 @@ class LocalBroker:
             lines.append("user root")  # it would become the user mosquitto, which may not write our log
         return "\n".join(lines) + "\n"
 
-    async def _accepting(self, host: str) -> None:
+    async def _accepting(self, host: str, port: int) -> None:
         while True:
             if self._process.returncode is not None:
                 raise self._ended()
             with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(host, self.port)
+                _, writer = await asyncio.open_connection(host, port)
                 writer.close()
                 return
             await asyncio.sleep(_POLL)

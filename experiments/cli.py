@@ -16,6 +16,7 @@ from rich.console import Console
 
 from broker.local import BrokerFailed
 from broker.session import BrokerRefused, BrokerUnreachable, Undelivered
+from experiments.doors import Doors, NoDoor
 from experiments.live.gate import Gate, NoGate, open_gate, url
 from experiments.places import PlaceFailed
 from experiments.scenario import FOLDER, BadScenario, load_scenario, schema
@@ -38,11 +39,16 @@ app = typer.Typer(
 @app.command()
 def run(
     scenario: Annotated[Path, typer.Argument(help="A scenario file (YAML); see experiments/scenarios/.")],
+    *,
     runs: Annotated[Path, typer.Option(help="Where the run folder goes.")] = Path("runs"),
     seed: Annotated[int | None, typer.Option(help="Another seed than the scenario's.")] = None,
     live: Annotated[
         str, typer.Option(metavar="[ADDRESS:]PORT", help="Where the live page is; 0: any free port of loopback.")
     ] = "0",
+    listen: Annotated[
+        str | None, typer.Option(metavar="ADDRESS[:PORT]", help="Where the scenario's attached devices come in.")
+    ] = None,
+    authority: Annotated[Path | None, typer.Option(help="Who may come in there: a folder of `semct enroll`.")] = None,
 ) -> None:
     """Run a scenario on this machine, print the table, and leave a run folder with a report."""
     try:
@@ -54,7 +60,8 @@ def run(
     refused = ""
     try:
         listening = open_gate(live)
-    except NoGate as error:
+        doors = Doors.open(listen, wanted.attached, authority) if listen else None
+    except (NoDoor, NoGate) as error:
         _give_up(error)
     try:
         enter_hub()
@@ -76,7 +83,15 @@ def run(
             watcher.note(f"watch it at {url(listening)}")
             gate = Gate(listening)
             asyncio.run(
-                play(wanted, beside=scenario.parent, folder=folder, refused=refused, watcher=watcher, gate=gate)
+                play(
+                    wanted,
+                    beside=scenario.parent,
+                    folder=folder,
+                    refused=refused,
+                    watcher=watcher,
+                    gate=gate,
+                    doors=doors,
+                )
             )
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         failure = error
@@ -293,6 +308,42 @@ def quality(
         QualityModelError,
         ScorerError,
         curves.BadQualityOrder,
+    ) as error:
+        _give_up(error)
+
+
+@app.command()
+def device(
+    broker: Annotated[str, typer.Option(help="Where the testbed's broker is: mqtt://HOST:PORT, mqtts:// with TLS.")],
+    name: Annotated[str, typer.Option(help="The place to take, as the scenario's `attached` names it.")],
+    *,
+    credentials: Annotated[Path | None, typer.Option(help="What to show the broker: a file by `semct enroll`.")] = None,
+    testbed: Annotated[str, typer.Option(help="The testbed's name on the broker.")] = "local",
+    model: Annotated[str, typer.Option(help="The model to measure this machine's pace with beforehand.")] = "embedded",
+    threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
+) -> None:
+    """Take a place in a running testbed with this machine, which runs its own steps at its own pace."""
+    from broker.address import BadAddress  # noqa: PLC0415
+    from broker.credentials import BadCredentials  # noqa: PLC0415
+    from experiments.attaching import attach  # noqa: PLC0415
+    from node.enrolment import make_door  # noqa: PLC0415
+    from semct.compute import UnknownProfile  # noqa: PLC0415
+    from semct.diffusion import ModelNotFound  # noqa: PLC0415
+
+    try:
+        door = make_door(broker, "device", testbed, name, str(credentials or ""))
+        attach(door, model=model, threads=threads, console=Console())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (
+        BadAddress,
+        BadCredentials,
+        BrokerRefused,
+        BrokerUnreachable,
+        ModelNotFound,
+        OSError,
+        UnknownProfile,
+        ValueError,
     ) as error:
         _give_up(error)
 

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -105,7 +105,8 @@ class ForkServer:
     """The runner's side: a warmed server while the `async with` block lasts.
 
     With `own_network`, each child is in a network namespace of its own and starts its `main` when
-    `netem.hosts.Hub.attach` has given it a link. `log` takes what the server itself prints.
+    `netem.hosts.Hub.attach` has given it a link. `log` takes what the server itself prints; `files` are
+    open files of this process that the children have, too.
 
     The server is bound to the thread that enters the block and dies with it.
     """
@@ -118,11 +119,13 @@ class ForkServer:
         log: Path,
         own_network: bool = True,
         grace_s: float = 5.0,
+        files: Sequence[int] = (),
     ) -> None:
         self._module = module
         self._warm = _Warm(arguments=dict(warm), own_network=own_network)
         self._log = log
         self._grace_s = grace_s
+        self._files = tuple(files)
         self._living: set[str] = set()
         self._forking: dict[str, asyncio.Future[int]] = {}
         self._exits: asyncio.Queue[Exit | None] = asyncio.Queue()
@@ -140,6 +143,7 @@ class ForkServer:
                     stdout=log,
                     stderr=log,
                     env={**os.environ, **_ENVIRONMENT},
+                    pass_fds=self._files,
                 )
         except BaseException:
             self._writer.close()

@@ -19,6 +19,7 @@ from broker.topics import Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments import rows
+from experiments.doors import Doors
 from experiments.judging import Judge, with_difference
 from experiments.links import LinkControl, courses
 from experiments.live.gate import Gate
@@ -193,13 +194,21 @@ class Runner:
 
 
 async def play(
-    scenario: Scenario, *, beside: Path, folder: RunFolder, refused: str, watcher: Watcher, gate: Gate
+    scenario: Scenario,
+    *,
+    beside: Path,
+    folder: RunFolder,
+    refused: str,
+    watcher: Watcher,
+    gate: Gate,
+    doors: Doors | None = None,
 ) -> None:
     """Run a scenario on this machine, into a run folder.
 
     ``beside`` is the folder of the scenario file; ``refused`` says why this machine permits no network
-    namespaces, if so; viewers come in by the ``gate``. Whatever goes wrong, the record is kept: raises
-    ``RunFailed`` where requests went unanswered, and what the scenario, the place and the models raise.
+    namespaces, if so; viewers come in by the ``gate``, attached devices by the ``doors``. Whatever goes wrong, the
+    record is kept: raises ``RunFailed`` where requests went unanswered, and what the scenario, the place and the models
+    raise.
     """
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     with folder:
@@ -213,6 +222,8 @@ async def play(
         )
         if refused:
             raise PlaceFailed(refused)
+        if scenario.attached and doors is None:
+            raise PlaceFailed(f"{scenario.attached[0]} is a device from outside: say with --listen where it comes in")
         helpers = helper_settings(scenario)
         for name in scenario.frameworks:
             frameworks.check_needs(
@@ -228,6 +239,7 @@ async def play(
             edge=edge_settings(scenario),
             helpers=helpers,
             devices=device_settings(scenario),
+            doors=doors,
             links=choose(scenario.links.shaped_by if scenario.shapes_links else "none", seed=scenario.seed),
             congestion=scenario.links.congestion,
             implementation=scenario.broker.implementation,
@@ -237,6 +249,9 @@ async def play(
         async with gate, place, control.served(folder.path):
             gate.lead_to(place.host, place.port)
             watcher.note("the broker and all nodes have started")
+            if doors is not None:
+                for name in scenario.attached:
+                    watcher.note(f"waiting for {name} at {doors.address(name)}")
             folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
             subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
             async with (
@@ -372,17 +387,17 @@ def drawn_prompts(scenario: Scenario, prompts: Sequence[str], repetition: int) -
 
 
 def device_settings(scenario: Scenario) -> list[DeviceSettings]:
-    """The settings of every device of a scenario, named device-1, device-2, ..."""
+    """The settings of every device of a scenario, named device-1, device-2, ..., or as an attached one is."""
     groups = [group for group in scenario.devices for _ in range(group.count)]
     return [
         DeviceSettings(
             testbed=TESTBED,
-            name=f"device-{number}",
+            name=group.attached or f"device-{number}",
             edge=EDGE,
             host=HOST,
             port=scenario.broker.port,
             models=_models(scenario, group.models),
-            profile=group.compute,
+            profile="native" if group.attached else group.compute,
             emulated_models=_emulated(scenario),
             slowdown=scenario.slowdown,
             latent_dtype=scenario.latent_dtype,

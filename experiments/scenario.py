@@ -68,10 +68,12 @@ class Cloud(Edge, frozen=True, kw_only=True):
 class Devices(Part, frozen=True, kw_only=True):
     """A number of like devices; ``models`` are those that each holds beside the scenario's ``model``.
 
-    ``links`` are theirs, where they differ from the scenario's.
+    ``links`` are theirs, where they differ from the scenario's. ``attached`` leaves the place to one real device, of
+    this name, which computes as it does.
     """
 
-    count: Count
+    count: Count = 1
+    attached: Name | None = None
     compute: str = "rtx-3090-ti"
     models: tuple[str, ...] = ()
     links: Setting | None = None
@@ -189,6 +191,11 @@ class Scenario(Part, frozen=True, kw_only=True):
         return sum(group.count for group in self.devices)
 
     @property
+    def attached(self) -> tuple[str, ...]:
+        """The names of the real devices that it leaves a place to."""
+        return tuple(group.attached for group in self.devices if group.attached is not None)
+
+    @property
     def shapes_links(self) -> bool:
         """Whether it says anything of links."""
         groups = (*(g.links for g in self.devices), *(e.links for e in self.edges), self.cloud and self.cloud.links)
@@ -224,6 +231,7 @@ def load_scenario(path: Path) -> Scenario:
         raise BadScenario(f"{path}: the weights under `utility` must sum to 1, these are {weights}")
     if scenario.users > 1000:
         raise BadScenario(f"{path}: a cell holds at most 1000 devices, `devices` asks for {scenario.users}")
+    _check_attached(scenario, path)
     if isinstance(scenario.arrivals, tuple) and len(scenario.arrivals) != scenario.users:
         times = len(scenario.arrivals)
         raise BadScenario(f"{path}: `arrivals` must give each of {scenario.users} devices a time, it gives {times}")
@@ -233,6 +241,18 @@ def load_scenario(path: Path) -> Scenario:
     if twice:
         raise BadScenario(f"{path}: framework {twice.pop()!r} stands twice under `frameworks`")
     return scenario
+
+
+def _check_attached(scenario: Scenario, path: Path) -> None:
+    names = [group.attached for group in scenario.devices if group.attached is not None]
+    taken = re.compile(r"edge(-\d+)?|device-\d+|cloud|runner|registrar")
+    wrong = [name for name in names if names.count(name) > 1 or taken.fullmatch(name)]
+    if wrong:
+        raise BadScenario(f"{path}: `attached: {wrong[0]}` must be a name that no other node has")
+    if any(group.attached is not None and group.count != 1 for group in scenario.devices):
+        raise BadScenario(f"{path}: an `attached` device is a single one; give each a group of its own")
+    if names and scenario.slowdown != 1:
+        raise BadScenario(f"{path}: {names[0]} is a real device and runs in real time, so `slowdown` must be 1")
 
 
 def arrival_times(scenario: Scenario, repetition: int) -> list[float]:

@@ -88,13 +88,22 @@ async def enrol(door: Door, *, left: str | None = None) -> Assign | None:
     raise AssertionError("a session does not end by itself")
 
 
+async def _enrol_at_last(door: Door, left: str | None) -> Assign | None:
+    """Enrol as soon as there is a broker: a node may be there before its testbed, and wait for the next."""
+    while True:
+        try:
+            return await enrol(door, left=left)
+        except BrokerUnreachable as error:
+            _logger.warning("%s; trying again", error)
+
+
 def serve_enrolled(kind: type[Settings], serve: Callable[[Settings], bool], door: Door) -> None:
     """Enrol, serve in the place that was assigned, and again for the next run, until the testbed ends.
 
-    ``serve`` tells whether it does. Raises what ``enrol`` and ``serve`` raise.
+    ``serve`` tells whether it does. Raises what ``serve`` raises, ``BrokerRefused`` and ``BadCredentials``.
     """
     left = None
-    while (assign := asyncio.run(enrol(door, left=left))) is not None:
+    while (assign := asyncio.run(_enrol_at_last(door, left))) is not None:
         try:
             settings = msgspec.msgpack.decode(assign.settings, type=kind)
         except msgspec.DecodeError as error:

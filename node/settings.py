@@ -21,6 +21,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``profile`` is ``native`` or hardware to emulate, ``emulated_models`` says for a model whose size and pace
     the emulation shows, where that is not what ``semct.compute.STANDS_FOR`` says; ``slowdown`` stretches emulated
     time; ``rows`` bounds a denoiser call; ``latent_dtype`` is what latents travel as; ``threads`` are torch's.
+    ``measured`` is a profile file that says what a native node is expected to take, where that was measured before.
     ``credentials`` is the file with what the node shows the broker, where that asks for it.
     """
 
@@ -31,6 +32,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     credentials: str = ""
     models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("embedded",)
     profile: str = "native"
+    measured: str = ""
     emulated_models: dict[str, str] = {}
     slowdown: float = 1.0
     rows: Annotated[int, Meta(ge=1)] = 8

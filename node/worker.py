@@ -234,7 +234,7 @@ def received(work: Work, incoming: Incoming, receiver: str) -> Work:
 def make_worker(settings: NodeSettings, denoisers: Mapping[str, Denoiser]) -> Worker:
     """The worker of a node on denoisers that are already loaded."""
     emulated = {model: (STANDS_FOR | settings.emulated_models).get(model, model) for model in denoisers}
-    pace = processor(settings.profile, emulated, slowdown=settings.slowdown)
+    pace = processor(settings.profile, emulated, slowdown=settings.slowdown, measured=settings.measured)
     return Worker(
         name=settings.name,
         denoisers=denoisers,

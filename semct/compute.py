@@ -172,13 +172,16 @@ class Processor(Protocol):
 
 
 class Native:
-    """This machine's own pace. Energy is not metered here and counts as zero joules."""
+    """This machine's own pace; what was ``measured`` of it before need not be again.
+
+    Energy is not metered here and counts as zero joules.
+    """
 
     profile = "native"
     latent_bytes = 0
 
-    def __init__(self) -> None:
-        self._expected: dict[str, tuple[float, float]] = {}
+    def __init__(self, measured: Calibration | None = None) -> None:
+        self._expected = {measured.model: (measured.call_seconds, measured.step_seconds)} if measured else {}
 
     def call_cost(self, denoiser: Denoiser) -> Cost:
         """Measured on first use of a model: calls of a few rows tell a call's time from a row's."""
@@ -323,15 +326,16 @@ def check_names(profile: str, models: Iterable[str]) -> None:
             _named(EMULATED_MODELS, model, "emulated model")
 
 
-def processor(profile: str, models: Mapping[str, str], *, slowdown: float) -> Processor:
+def processor(profile: str, models: Mapping[str, str], *, slowdown: float, measured: str = "") -> Processor:
     """The processor of a node: ``profile`` is ``native``, a name in ``PROFILES``, or the file of a calibrated one.
 
-    ``models`` are names in ``EMULATED_MODELS``: what each of the node's denoisers stands for, by its name.
+    ``models`` are names in ``EMULATED_MODELS``: what each of the node's denoisers stands for, by its name. ``measured``
+    is a calibrated profile's file that says what a native node is expected to take.
     """
     if profile.endswith(CALIBRATED):
         return calibrated(profile, models, slowdown=slowdown)
     if profile == Native.profile:
-        return Native()
+        return Native(_measured(measured) if measured else None)
     return Emulated(
         _named(PROFILES, profile, "compute profile"),
         {denoiser: _named(EMULATED_MODELS, model, "emulated model") for denoiser, model in models.items()},
@@ -347,8 +351,12 @@ def calibrated(path: str, models: Iterable[str], *, slowdown: float = 1.0) -> Ca
     names = list(models)
     if len(names) > 1:
         raise UnknownProfile(f"the profile {path} was measured with one model; a node cannot run {names} by it")
+    return Calibrated(_measured(path), slowdown=slowdown)
+
+
+def _measured(path: str) -> Calibration:
     try:
-        return Calibrated(load_calibration(Path(path)), slowdown=slowdown)
+        return load_calibration(Path(path))
     except BadProfile as error:
         raise UnknownProfile(str(error)) from error
 

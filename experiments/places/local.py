@@ -14,6 +14,8 @@ import psutil
 from broker.local import BrokerFailed, LocalBroker
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
+from experiments.doors import Doors
+from experiments.enrolment import Enrolment
 from experiments.forkserver import Exit, ForkServer, ForkServerError
 from experiments.places import Placed, PlaceFailed
 from netem.control import Counters
@@ -26,7 +28,8 @@ from node.settings import NodeSettings
 class LocalPlace:
     """Broker and nodes as processes of this machine. The caller must have entered the hub.
 
-    ``edge`` plans and stands at the hub; ``helpers``, the other edges and the cloud, have links as devices have.
+    ``edge`` plans and stands at the hub; ``helpers``, the other edges and the cloud, have links as devices have. A
+    device that has one of the ``doors`` is not started here: it comes in there, and enrols.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class LocalPlace:
         edge: EdgeSettings,
         helpers: list[EdgeSettings],
         devices: list[DeviceSettings],
+        doors: Doors | None = None,
         links: Links,
         congestion: str,
         implementation: Any,
@@ -43,20 +47,40 @@ class LocalPlace:
         self.host, self.port = edge.host, edge.port
         self._edge = edge
         self._helpers = helpers
-        self._devices = devices
+        self._doors = doors
+        outside = doors.sockets if doors else {}
+        self._devices = [device for device in devices if device.name not in outside]
+        self._attached = [device for device in devices if device.name in outside]
         self._logs = logs
         self._stack = AsyncExitStack()
         self._links = links
         self._hub = Hub(links, congestion=congestion)
-        self._broker = LocalBroker(hosts=[edge.host], port=edge.port, directory=logs, implementation=implementation)
+        self._broker = LocalBroker(
+            hosts=[edge.host],
+            port=edge.port,
+            directory=logs,
+            implementation=implementation,
+            more=doors.listeners if doors else (),
+        )
+        self._enrolment = Enrolment(
+            edge.host,
+            edge.port,
+            testbed=edge.testbed,
+            attached=self._attached,
+            others=[node.name for node in (edge, *helpers, *self._devices)],
+        )
         self._servers = {
             "edge": ForkServer(
                 "edge_node.process", warm={"models": []}, log=logs / "edge-server.log", own_network=False
             ),
-            "devices": _warm_server("device_node.process", devices, logs / "device-server.log"),
         }
+        if self._devices:
+            self._servers["devices"] = _warm_server("device_node.process", self._devices, logs / "device-server.log")
         if helpers:
             self._servers["helpers"] = _warm_server("edge_node.process", helpers, logs / "helper-server.log")
+        if doors:
+            files = [door.fileno() for door in doors.sockets.values()]
+            self._servers["doors"] = ForkServer("experiments.doors", warm={}, log=logs / "door-server.log", files=files)
         self._pids: dict[str, int] = {}
         self.ended: dict[str, str] = {}
 
@@ -75,6 +99,8 @@ class LocalPlace:
                     for node in nodes:
                         pid = await self._start(node, self._servers[server])
                         await self._hub.attach(node.name, pid)
+                if self._doors:
+                    await self._open(self._doors, stack)
                 self._stack = stack.pop_all()
         except (BrokerFailed, ForkServerError, NamespaceError, AttachError, LinksUnavailable) as error:
             raise PlaceFailed(str(error)) from error
@@ -131,10 +157,22 @@ class LocalPlace:
                 for server in self._servers:
                     if server != "devices":
                         tasks.create_task(self._watch_one(server))
-                tasks.create_task(self._watch_devices())
+                if self._devices:
+                    tasks.create_task(self._watch_devices())
+                if self._doors:
+                    tasks.create_task(self._enrolment.watch())
         except* (BrokerFailed, ForkServerError, PlaceFailed) as group:
             raise PlaceFailed(str(group.exceptions[0])) from group
         raise AssertionError("the watchers never return")
+
+    async def _open(self, doors: Doors, stack: AsyncExitStack) -> None:
+        """Let the devices from outside in."""
+        server = await stack.enter_async_context(self._servers["doors"])
+        for device in self._attached:
+            arguments = doors.stand_in(device.name, self.host, self.port)
+            pid = await server.fork(device.name, arguments, log=self._logs / f"{device.name}.log")
+            await self._hub.attach(device.name, pid)
+        await stack.enter_async_context(self._enrolment)
 
     async def _start(self, node: NodeSettings, server: ForkServer) -> int:
         pid = await server.fork(node.name, msgspec.to_builtins(node), log=self._logs / f"{node.name}.log")

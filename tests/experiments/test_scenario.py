@@ -125,3 +125,21 @@ def test_arrivals_come_all_at_once_at_random_or_as_recorded(tmp_path: Path) -> N
     assert found != times("arrivals: {poisson: 4}\n", repetition=1)
     recorded = [0.5 * i for i in range(400)]
     assert times(f"arrivals: {recorded}\n") == recorded
+
+
+@pytest.mark.parametrize(
+    ("devices", "more", "sentence"),
+    [
+        ("{attached: device-1}", "", "must be a name that no other node has"),
+        ("{attached: a}, {attached: a}", "", "must be a name that no other node has"),
+        ("{attached: a, count: 2}", "", "is a single one"),
+        ("{attached: a}", "slowdown: 2", "runs in real time, so `slowdown` must be 1"),
+    ],
+)
+def test_a_place_for_a_real_device_is_for_one_in_real_time(
+    tmp_path: Path, devices: str, more: str, sentence: str
+) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(f"name: s\ndevices: [{devices}]\n{more}\n")
+    with pytest.raises(BadScenario, match=sentence):
+        load_scenario(path)
