@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -14,12 +15,13 @@ import msgspec
 import typer
 from rich.console import Console
 
+from broker.address import Address, BadAddress
 from broker.local import BrokerFailed
 from broker.session import BrokerRefused, BrokerUnreachable, Undelivered
 from experiments.doors import Doors, NoDoor
 from experiments.live.gate import Gate, NoGate, open_gate, url
 from experiments.places import PlaceFailed
-from experiments.scenario import FOLDER, BadScenario, load_scenario, schema
+from experiments.scenario import FOLDER, BadScenario, Scenario, load_scenario, schema
 from netem.hosts import NamespaceError, enter_hub
 
 if TYPE_CHECKING:
@@ -49,27 +51,38 @@ def run(
         str | None, typer.Option(metavar="ADDRESS[:PORT]", help="Where the scenario's attached devices come in.")
     ] = None,
     authority: Annotated[Path | None, typer.Option(help="Who may come in there: a folder of `semct enroll`.")] = None,
+    place: Annotated[
+        Literal["local", "compose"], typer.Option(help="Processes of this machine, or containers.")
+    ] = "local",
+    broker: Annotated[
+        str | None,
+        typer.Option(help="With --place compose, where containers enrol that are up; else they are brought up."),
+    ] = None,
 ) -> None:
-    """Run a scenario on this machine, print the table, and leave a run folder with a report."""
+    """Run a scenario, print the table, and leave a run folder with a report."""
     try:
         wanted = load_scenario(scenario)
-    except BadScenario as error:
+        address = None if broker is None else Address.parse(broker)
+    except (BadScenario, BadAddress) as error:
         _give_up(error)
     if seed is not None:
         wanted = msgspec.structs.replace(wanted, seed=seed)
+    if place == "compose" and address is None:
+        _run_in_containers(wanted, scenario, seed)
     refused = ""
     try:
         listening = open_gate(live)
         doors = Doors.open(listen, wanted.attached, authority) if listen else None
     except (NoDoor, NoGate) as error:
         _give_up(error)
-    try:
-        enter_hub()
-    except NamespaceError as error:
-        refused = str(error)
+    if place == "local":
+        try:
+            enter_hub()
+        except NamespaceError as error:
+            refused = str(error)
     from experiments.progress import Watcher  # noqa: PLC0415
     from experiments.record import RunFolder, Unwritable  # noqa: PLC0415
-    from experiments.runner import RunFailed, play  # noqa: PLC0415
+    from experiments.runner import RunFailed, compose_place, local_place, play  # noqa: PLC0415
     from semct.compute import UnknownProfile  # noqa: PLC0415
     from semct.diffusion import ModelNotFound  # noqa: PLC0415
     from semct.frameworks import UnknownFramework, UnmetNeed  # noqa: PLC0415
@@ -77,22 +90,20 @@ def run(
 
     console = Console()
     folder = RunFolder.create(runs, wanted.name)
+    place_for = (
+        partial(local_place, refused=refused, doors=doors)
+        if address is None
+        else partial(compose_place, broker=address)
+    )
     failure: BaseException | None = None
     try:
         with Watcher(console) as watcher:
             watcher.note(f"watch it at {url(listening)}")
             gate = Gate(listening)
-            asyncio.run(
-                play(
-                    wanted,
-                    beside=scenario.parent,
-                    folder=folder,
-                    refused=refused,
-                    watcher=watcher,
-                    gate=gate,
-                    doors=doors,
-                )
+            playing = play(
+                wanted, place_for, beside=scenario.parent, folder=folder, watcher=watcher, gate=gate, doors=doors
             )
+            asyncio.run(playing)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         failure = error
     except (
@@ -117,6 +128,16 @@ def run(
         sys.exit(130 if isinstance(failure, KeyboardInterrupt) else 143)
     if failure is not None:
         _give_up(failure)
+
+
+def _run_in_containers(scenario: Scenario, file: Path, seed: int | None) -> NoReturn:
+    """Have Docker run it, and end as it ends."""
+    from experiments.places.engine import up  # noqa: PLC0415
+
+    try:
+        sys.exit(up(scenario, file, seed))
+    except PlaceFailed as error:
+        _give_up(error)
 
 
 @app.command()

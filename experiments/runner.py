@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from broker.address import Address
 from broker.messages import AnyMessage, Ask, Birth, Close, LinkNow, Picture, Planned, Result, Round, Spent
 from broker.session import Session
 from broker.topics import Topics
@@ -25,6 +26,7 @@ from experiments.links import LinkControl, courses
 from experiments.live.gate import Gate
 from experiments.live.show import Show
 from experiments.places import Place, PlaceFailed
+from experiments.places.compose import ComposePlace
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
 from experiments.record import RunFolder
@@ -193,22 +195,55 @@ class Runner:
                 served.spent[message.node] = message
 
 
+def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doors | None = None) -> Place:
+    """This machine; attached devices come in by the ``doors``.
+
+    ``refused`` says why it permits no network namespaces, if so: raises ``PlaceFailed`` with that.
+    """
+    if refused:
+        raise PlaceFailed(refused)
+    if scenario.attached and doors is None:
+        raise PlaceFailed(f"{scenario.attached[0]} is a device from outside: say with --listen where it comes in")
+    return LocalPlace(
+        edge=edge_settings(scenario),
+        helpers=helper_settings(scenario),
+        devices=device_settings(scenario),
+        doors=doors,
+        links=choose(scenario.links.shaped_by if scenario.shapes_links else "none", seed=scenario.seed),
+        congestion=scenario.links.congestion,
+        implementation=scenario.broker.implementation,
+        logs=logs,
+    )
+
+
+def compose_place(scenario: Scenario, logs: Path, *, broker: Address) -> Place:  # noqa: ARG001  docker keeps the logs
+    """The containers whose nodes enrol at a broker, where attached devices come in, too."""
+    devices = device_settings(scenario)
+    return ComposePlace(
+        broker,
+        testbed=TESTBED,
+        edge=edge_settings(scenario),
+        helpers=helper_settings(scenario),
+        devices=[device for device in devices if device.name not in scenario.attached],
+        attached=[device for device in devices if device.name in scenario.attached],
+    )
+
+
 async def play(
     scenario: Scenario,
+    place_for: Callable[[Scenario, Path], Place],
     *,
     beside: Path,
     folder: RunFolder,
-    refused: str,
     watcher: Watcher,
     gate: Gate,
     doors: Doors | None = None,
 ) -> None:
-    """Run a scenario on this machine, into a run folder.
+    """Run a scenario in a place, made for the scenario and a folder for logs, into a run folder.
 
-    ``beside`` is the folder of the scenario file; ``refused`` says why this machine permits no network
-    namespaces, if so; viewers come in by the ``gate``, attached devices by the ``doors``. Whatever goes wrong, the
-    record is kept: raises ``RunFailed`` where requests went unanswered, and what the scenario, the place and the models
-    raise.
+    ``beside`` is the folder of the scenario file; viewers come in by the ``gate``, attached devices by the ``doors``.
+    Whatever goes wrong, the record is kept: raises ``RunFailed`` where requests went unanswered, and what the scenario,
+    the place and the models raise.
     """
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     with folder:
@@ -220,10 +255,6 @@ async def play(
             model=scenario.model,
             slowdown=scenario.slowdown,
         )
-        if refused:
-            raise PlaceFailed(refused)
-        if scenario.attached and doors is None:
-            raise PlaceFailed(f"{scenario.attached[0]} is a device from outside: say with --listen where it comes in")
         helpers = helper_settings(scenario)
         for name in scenario.frameworks:
             frameworks.check_needs(
@@ -235,16 +266,7 @@ async def play(
         for node in (edge_settings(scenario), *helpers, *device_settings(scenario)):
             check_names(node.profile, (node.emulated_models.get(model, model) for model in node.models))
         prompts = load_prompts(scenario, beside)
-        place = LocalPlace(
-            edge=edge_settings(scenario),
-            helpers=helpers,
-            devices=device_settings(scenario),
-            doors=doors,
-            links=choose(scenario.links.shaped_by if scenario.shapes_links else "none", seed=scenario.seed),
-            congestion=scenario.links.congestion,
-            implementation=scenario.broker.implementation,
-            logs=folder.logs,
-        )
+        place = place_for(scenario, folder.logs)
         control = LinkControl(place, slowdown=scenario.slowdown, journal=folder.event)
         async with gate, place, control.served(folder.path):
             gate.lead_to(place.host, place.port)

@@ -1,0 +1,121 @@
+"""The compose place: nodes in containers, which enrol at the broker beside them; links shaped by their own service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any, NoReturn, Self
+
+from broker.address import Address
+from broker.messages import Birth
+from broker.session import BrokerRefused, BrokerUnreachable, Session
+from broker.topics import Topics
+from device_node.node import DeviceSettings
+from edge_node.node import EdgeSettings
+from experiments.enrolment import Enrolment
+from experiments.places import Placed, PlaceFailed
+from netem.control import Counters
+from netem.hosts import AttachError
+from netem.link import Link
+from netem.probe import Traffic
+
+_OBSERVER = "observer"  # a name of its own beside the runner's
+
+
+class ComposePlace:
+    """A testbed whose broker and nodes run in containers already. ``edge`` plans, ``helpers`` do not.
+
+    The containers' nodes are given the scenario's places, and are free again at the end.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        testbed: str,
+        edge: EdgeSettings,
+        helpers: Sequence[EdgeSettings],
+        devices: Sequence[DeviceSettings],
+        attached: Sequence[DeviceSettings] = (),
+    ) -> None:
+        self.host, self.port = address.host, address.port
+        self._fixed = frozenset(node.name for node in (edge, *helpers))
+        self._enrolment = Enrolment(
+            self.host, self.port, testbed=testbed, places=[edge, *helpers, *devices], attached=attached
+        )
+        self._observer = Session(
+            self.host, self.port, testbed=testbed, name=_OBSERVER, subscriptions=[Topics(testbed).every("birth")]
+        )
+        self._births: dict[str, Birth] = {}
+        self._stack = AsyncExitStack()
+        self.ended: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        """Begin to hand out places; raises ``PlaceFailed`` when no broker answers."""
+        try:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(self._observer)
+                await stack.enter_async_context(self._enrolment)
+                self._stack = stack.pop_all()
+        except (BrokerRefused, BrokerUnreachable) as error:
+            raise PlaceFailed(str(error)) from error
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.aclose()
+
+    @property
+    def described(self) -> Placed:
+        """What runs here."""
+        return Placed(broker="mosquitto", links="unshaped", hosts="containers")
+
+    async def shape(self, node: str, link: Link) -> None:
+        """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
+        if link != Link():
+            raise AttachError(f"the link of {node} is unshaped, it cannot be {link}")
+
+    async def read(self, node: str) -> Link:  # noqa: ARG002
+        """The state of a node's link, read back from what shapes it; raises ``AttachError``."""
+        return Link()
+
+    async def counters(self, node: str) -> Counters | None:  # noqa: ARG002
+        """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
+        return None
+
+    def traffic(self) -> dict[str, Traffic]:
+        """The bytes that have passed each node's link so far."""
+        return {}
+
+    async def round_trip(self, node: str, patience: float) -> float | None:  # noqa: ARG002
+        """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
+        return None
+
+    def memory(self) -> dict[str, float]:
+        """Private memory of each node in MiB, as far as it can be seen from here."""
+        return {}
+
+    async def watch(self) -> NoReturn:
+        """Keep ``ended`` true; raises ``PlaceFailed`` when an edge or the cloud ends."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._enrolment.watch())
+            tasks.create_task(self._observe())
+        raise AssertionError("the watchers never return")
+
+    async def _observe(self) -> NoReturn:
+        async for incoming in self._observer:
+            match incoming.message:
+                case Birth() as birth:
+                    self._note(birth)
+        raise AssertionError("a session does not end by itself")
+
+    def _note(self, birth: Birth) -> None:
+        before = self._births.get(birth.name)
+        if birth.state == "ready":
+            self._births[birth.name] = birth
+            self.ended.pop(birth.name, None)
+        elif birth.state == "lost" and before is not None and before.host == birth.host:
+            said = f"the container {birth.host} of {birth.name} has ended, or is cut off"
+            if birth.name in self._fixed:
+                raise PlaceFailed(said)
+            self.ended[birth.name] = said

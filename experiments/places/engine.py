@@ -1,0 +1,69 @@
+"""The container engine of this machine: finds out whether it can carry a testbed, and has compose.yaml bring one up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from experiments.places import PlaceFailed
+from experiments.scenario import FOLDER, Scenario
+
+_PROJECT = FOLDER.parent
+_ANSWER = 30  # seconds that the engine may take for one
+
+
+def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
+    """Run a scenario with ``docker compose up`` and return its exit status; raises ``PlaceFailed``."""
+    try:
+        inside = file.resolve().relative_to(_PROJECT)
+    except ValueError:
+        raise PlaceFailed(
+            f"containers see what lies below {_PROJECT} only, and {file} does not: copy it there"
+        ) from None
+    if not (_PROJECT / "compose.yaml").exists():
+        raise PlaceFailed(f"{_PROJECT} has no compose.yaml: run semct from a checkout to run in containers")
+    image = os.environ.get("IMAGE", "semct")
+    check(image)
+    edges = 1 + sum(group.count for group in scenario.edges) + (scenario.cloud is not None)
+    settings = {"SCENARIO": str(inside), "DEVICES": str(scenario.users), "EDGES": str(edges)}
+    if seed is not None:
+        settings["SEED"] = str(seed)
+    command = ["docker", "compose", "up", "--no-build", "--exit-code-from", "experiment"]
+    return subprocess.run(command, cwd=_PROJECT, env={**os.environ, **settings}, check=False).returncode
+
+
+def check(image: str) -> None:
+    """Raise ``PlaceFailed`` in one sentence where a testbed of this image could not come up here."""
+    if shutil.which("docker") is None:
+        raise PlaceFailed("there is no Docker here: install Docker Engine with Compose 2, or run with --place local")
+    said = _ask("info")
+    if "permission denied" in said.lower():
+        raise PlaceFailed(
+            "this user may not use Docker's socket: run as root, or join the group docker and log in again"
+        )
+    if said:
+        raise PlaceFailed("Docker does not answer: start its service (systemctl start docker), or see `docker info`")
+    if _ask("compose", "version"):
+        raise PlaceFailed("Docker has no Compose 2 here: install docker-compose-plugin (or Debian's docker-compose)")
+    if _ask("image", "inspect", image):
+        raise PlaceFailed(f"the image {image} is not here: build it with `docker compose build experiment`")
+    port = os.environ.get("BROKER_PORT", "0")
+    address = os.environ.get("BROKER_ADDRESS", "127.0.0.1")
+    try:
+        socket.create_server((address, int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise PlaceFailed(
+            f"the broker cannot have port {port} of {address}: {error}; set another BROKER_PORT"
+        ) from error
+
+
+def _ask(*question: str) -> str:
+    """What the engine complains of; nothing when all is well."""
+    try:
+        done = subprocess.run(["docker", *question], capture_output=True, text=True, timeout=_ANSWER, check=False)
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return (done.stderr or "failed") if done.returncode else ""
