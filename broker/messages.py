@@ -71,7 +71,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """One stretch of a request's time on one node, and what it cost.
 
     ``joules`` and ``flops`` are the request's own part where the work was shared; ``steps`` are denoising
-    steps run for this request, shared ones counted as their part (1 / sharers). ``modelled`` says that
+    steps run for this request, shared ones counted as their part (1 / sharers). ``busy`` is the request's part of
+    the node's computing time, in seconds of the emulated world. ``modelled`` says that
     duration and energy come from a compute profile, not from a clock and a meter. ``size`` is what a
     transfer from ``node`` put on the wire, and ``to`` who received it.
     """
@@ -83,6 +84,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     joules: Amount = 0.0
     flops: Amount = 0.0
     steps: Amount = 0.0
+    busy: Amount = 0.0
     overruns: Annotated[int, Meta(ge=0)] = 0
     size: Annotated[int, Meta(ge=0)] = 0
     to: Name | None = None
@@ -101,6 +103,8 @@ class Compute(msgspec.Struct, frozen=True, kw_only=True):
 
     A denoiser call takes ``call_*`` once and ``step_*`` for each of its rows, of which it takes up to ``rows``.
     The step is one with the first of the node's models; ``others`` are the paces of the rest, by model.
+    A ``meter`` counts a native node's joules, where it has one; nodes with the same one on the same ``machine`` share
+    it, and each counts all that it counts meanwhile.
     """
 
     profile: Identifier
@@ -112,6 +116,8 @@ class Compute(msgspec.Struct, frozen=True, kw_only=True):
     call_joules: Amount = 0.0
     rows: Annotated[int, Meta(ge=1)] = 8
     others: dict[Identifier, Pace] = {}
+    meter: Identifier | None = None
+    machine: Annotated[str, Meta(max_length=96)] = ""
 
 
 class Birth(Message, frozen=True, kw_only=True):

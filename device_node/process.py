@@ -12,16 +12,19 @@ import torch
 from device_node.node import DeviceNode, DeviceSettings
 from node.settings import start_logging
 from node.worker import make_worker, warm_up
-from semct.diffusion import Denoiser
+from semct.diffusion import Denoiser, place
 
 _load = functools.cache(Denoiser.load)
 
 
 def warm(arguments: dict[str, Any]) -> None:
-    """Load what the devices of this machine share, before the first is forked: ``models`` names it."""
+    """Load what the devices of this machine share, before the first is forked: ``models`` names it.
+
+    Those are the models that run on the processor; a GPU's context does not outlive a fork.
+    """
     torch.set_num_threads(1)
     for model in arguments["models"]:
-        warm_up(_load(model))
+        warm_up(_load(model, device="cpu"))
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -34,5 +37,10 @@ def main(arguments: dict[str, Any]) -> int:
 def serve(settings: DeviceSettings) -> bool:
     """Run one device until it is told to leave; whether the testbed ends."""
     torch.set_num_threads(settings.threads)
-    worker = make_worker(settings, {model: _load(model) for model in settings.models})
+    device = place(settings.torch_device)
+    denoisers = {model: _load(model, device=device) for model in settings.models}
+    if device != "cpu":
+        for denoiser in denoisers.values():
+            warm_up(denoiser)
+    worker = make_worker(settings, denoisers)
     return asyncio.run(DeviceNode(settings, worker).run())

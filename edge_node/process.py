@@ -14,7 +14,7 @@ from edge_node.planning import Planner
 from node.settings import start_logging
 from node.worker import Worker, make_worker, warm_up
 from semct.clustering import by_entity
-from semct.diffusion import Denoiser
+from semct.diffusion import Denoiser, place
 from semct.planner.learned import load_policy
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import SMOLLM2, LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
@@ -29,11 +29,12 @@ _load = functools.cache(Denoiser.load)
 def warm(arguments: dict[str, Any]) -> None:
     """Load what the nodes of this machine share, before the first is forked: ``models`` names it.
 
-    The planning edge is the only one of its kind and loads for itself, since what it loads wants threads.
+    The planning edge is the only one of its kind and loads for itself, since what it loads wants threads; and so do
+    nodes on a GPU, whose context does not outlive a fork.
     """
     torch.set_num_threads(1)
     for model in arguments["models"]:
-        warm_up(_load(model))
+        warm_up(_load(model, device="cpu"))
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -46,7 +47,8 @@ def main(arguments: dict[str, Any]) -> int:
 def serve(settings: EdgeSettings) -> bool:
     """Load everything, warm it up, then serve: the birth says that the edge is ready. Whether the testbed ends."""
     torch.set_num_threads(settings.threads)
-    denoisers = {model: _load(model) for model in settings.models}
+    device = place(settings.torch_device)
+    denoisers = {model: _load(model, device=device) for model in settings.models}
     for denoiser in denoisers.values():
         warm_up(denoiser)
     worker = make_worker(settings, denoisers)

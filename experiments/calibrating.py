@@ -27,8 +27,7 @@ def measure(
     ``device`` is torch's. Raises ``ModelNotFound``, and ``OSError`` where the file cannot be written.
     """
     torch.set_num_threads(threads)
-    index = torch.device(device).index or 0 if device.startswith("cuda") else None
-    meter, metered_by = find_meter(gpu=index)
+    meter, metered_by = find_meter(device)
     with console.status("loading the model") as status:
         denoiser = Denoiser.load(model, device=device)
         found = calibration.calibrate(

@@ -304,8 +304,13 @@ def _provenance(run: Run) -> tuple[list[str], list[str]]:
         ]
     if native:
         measured.append("Compute time of native nodes, on this machine's clock.")
-        if not requests["energy_j"].sum():
-            modelled.append("Energy is not metered here and stands as 0.")
+        if info.meters:
+            measured.append(
+                "Compute energy of native nodes, all that their meters count while they compute, divided by busy time "
+                f"among nodes with the same meter ({', '.join(sorted(set(info.meters.values())))})."
+            )
+        if unknown := sorted(n for n, p in info.profiles.items() if p == "native" and n not in info.meters):
+            measured.append(f"No energy where nothing meters it: {', '.join(unknown)}.")
     if requests["energy_radio_j"].sum():
         modelled.append("Radio energy: transmission power times transfer time.")
     modelled.append("Predicted values: the planner's models of quality, latency and energy.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from statistics import median
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ from semct.routes import Plan, wording
 from semct.runs import CallRow, LinkRow, NodeRow, PlanningRow, RequestRow, StageRow, TransferRow
 
 _LARGE = 100_000  # bytes from which a transfer's time is the rate's rather than the delay's
+_COMPUTING = {"denoise", "decode"}  # stages that take a node's energy
 _SMALL = 1400  # bytes that one packet carries, about
 
 
@@ -28,14 +29,15 @@ def request_rows(
     scenario: Scenario,
     *,
     kinds: Mapping[str, Kind],
+    unmetered: Set[str] = frozenset(),
     judged: Mapping[str, Judgement],
     images: Mapping[str, str],
 ) -> list[RequestRow]:
     """A row for every request of a round, still without its measured utility.
 
-    ``kinds`` says what each node is; ``judged`` holds what the pictures are worth and ``images`` their paths, by
-    request. Durations are those of the emulated world: wall time divided by the scenario's slowdown, but for planning,
-    which is not slowed down.
+    ``kinds`` says what each node is, ``unmetered`` names nodes whose energy nobody knows; ``judged`` holds what the
+    pictures are worth and ``images`` their paths, by request. Durations are those of the emulated world: wall time
+    divided by the scenario's slowdown, but for planning, which is not slowed down.
     """
     plan = served.plan
     return [
@@ -45,6 +47,7 @@ def request_rows(
             request,
             plan,
             kinds=kinds,
+            unmetered=unmetered,
             judged=judged.get(request),
             image=images.get(request),
         )
@@ -53,7 +56,12 @@ def request_rows(
 
 
 def node_rows(
-    served: Served, *, kinds: Mapping[str, Kind], memory: Mapping[str, float], ended: Mapping[str, str]
+    served: Served,
+    *,
+    kinds: Mapping[str, Kind],
+    unmetered: Set[str] = frozenset(),
+    memory: Mapping[str, float],
+    ended: Mapping[str, str],
 ) -> list[NodeRow]:
     """A row for every node of a round; ``memory`` is their private memory in MiB, ``ended`` names the dead."""
     found = []
@@ -69,7 +77,7 @@ def node_rows(
                 rows=spent.rows if spent else 0,
                 tflop=spent.flops / 1e12 if spent else 0.0,
                 busy_s=spent.busy if spent else 0.0,
-                energy_j=spent.joules if spent else 0.0,
+                energy_j=None if node in unmetered else spent.joules if spent else 0.0,
                 overruns=spent.overruns if spent else 0,
                 shortages=spent.shortages if spent else 0,
                 **_cached(spent),
@@ -126,7 +134,7 @@ def transfer_rows(served: Served, links: Callable[[str, float], Link | None], *,
     return found
 
 
-def stage_rows(served: Served, *, slowdown: float) -> list[StageRow]:
+def stage_rows(served: Served, *, slowdown: float, unmetered: Set[str] = frozenset()) -> list[StageRow]:
     """A row for every stretch of every request's time."""
     return [
         StageRow(
@@ -138,7 +146,7 @@ def stage_rows(served: Served, *, slowdown: float) -> list[StageRow]:
             start=s.start,
             stop=s.stop,
             seconds=(s.stop - s.start) / (1.0 if s.name == "plan" else slowdown),
-            joules=s.joules,
+            joules=None if s.name in _COMPUTING and s.node in unmetered else s.joules,
             tflop=s.flops / 1e12,
             steps=s.steps,
             size=s.size,
@@ -270,6 +278,8 @@ def with_utility(rows: Sequence[RequestRow], weights: Weights, references: Mappi
         outcome = _outcome(row)
         reference = measured.get((row.repetition, row.device)) or references.get(row.device)
         if outcome is not None and reference is not None and reference.quality > 0:
+            if row.energy_j is None:  # an energy that nobody knows counts as unchanged
+                outcome = msgspec.structs.replace(outcome, energy=reference.energy)
             value = utility(outcome, reference, weights)
             row = msgspec.structs.replace(row, utility=value)  # noqa: PLW2901  the row, completed
         done.append(row)
@@ -302,6 +312,7 @@ def _row(
     plan: Plan | None,
     *,
     kinds: Mapping[str, Kind],
+    unmetered: Set[str] = frozenset(),
     judged: Judgement | None,
     image: str | None,
 ) -> RequestRow:
@@ -320,7 +331,9 @@ def _row(
     pace = scenario.slowdown
     planning = _seconds(stages, "plan", 1.0)  # this machine's own work: nothing slows it down
     by_kind = {kind: [s for s in stages if kinds.get(s.node, "device") == kind] for kind in get_args(Kind)}
-    joules = {kind: sum(s.joules for s in some) for kind, some in by_kind.items()}
+    joules = {kind: _joules(some, unmetered) for kind, some in by_kind.items()}
+    known = [j for j in joules.values() if j is not None]
+    metered = len(known) == len(joules)
     up, down, between = _transfers(stages, device)
     radio = (scenario.radio.device_watts * _total(up) + scenario.radio.edge_watts * _total(down)) / pace
     shared = served.shared_steps[request] if route else None
@@ -349,12 +362,12 @@ def _row(
         quality=judged.quality if judged else None,
         fidelity=judged.fidelity if judged else None,
         latency_s=(result.finished - result.asked - planning) / pace + planning if result and answered else None,
-        energy_j=sum(joules.values()) + radio if answered else None,
+        energy_j=sum(known) + radio if answered and metered else None,
         tflop=sum(s.flops for s in stages if s.name == "denoise") / 1e12 if answered else None,
         utility=None,
         predicted_quality=predicted.quality if predicted else None,
         predicted_latency_s=predicted.latency if predicted else None,
-        predicted_energy_j=predicted.energy if predicted else None,
+        predicted_energy_j=predicted.energy if predicted and metered else None,
         predicted_utility=predicted.utility if predicted else None,
         upload_s=_total(up) / pace,
         collect_s=_seconds(stages, "collect", pace),
@@ -380,9 +393,16 @@ def _row(
 
 
 def _outcome(row: RequestRow) -> Outcome | None:
-    if row.quality is None or row.latency_s is None or row.energy_j is None:
+    if row.quality is None or row.latency_s is None:
         return None
-    return Outcome(quality=row.quality, latency=row.latency_s, energy=row.energy_j)
+    return Outcome(quality=row.quality, latency=row.latency_s, energy=row.energy_j or 0.0)
+
+
+def _joules(stages: Sequence[Stage], unmetered: Set[str]) -> float | None:
+    """What these stages took; none where a node without a meter computed in one."""
+    if any(s.name in _COMPUTING and s.node in unmetered for s in stages):
+        return None
+    return sum(s.joules for s in stages)
 
 
 def _seconds(stages: Iterable[Stage], name: str, pace: float) -> float:

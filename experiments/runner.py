@@ -25,12 +25,13 @@ from experiments.judging import Judge, with_difference
 from experiments.links import LinkControl, courses
 from experiments.live.gate import Gate
 from experiments.live.show import Show
+from experiments.metering import share_out, without_meter
 from experiments.places import Place, PlaceFailed
 from experiments.places.compose import ComposePlace
 from experiments.places.local import HOST, LocalPlace
 from experiments.progress import Watcher
 from experiments.record import RunFolder
-from experiments.scenario import Edge, Scenario, arrival_times, load_prompts, to_yaml
+from experiments.scenario import Devices, Edge, Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from netem.choice import choose
 from netem.course import Setting
@@ -198,10 +199,11 @@ class Runner:
 def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doors | None = None) -> Place:
     """This machine; attached devices come in by the ``doors``.
 
-    ``refused`` says why it permits no network namespaces, if so: raises ``PlaceFailed`` with that.
+    ``refused`` says why it permits no network namespaces, if so: raises ``PlaceFailed`` where some are needed.
     """
-    if refused:
-        raise PlaceFailed(refused)
+    shaping = scenario.links.shaped_by if scenario.shapes_links else "none"
+    if refused and (shaping != "none" or doors is not None):
+        raise PlaceFailed(f"{refused}; without links to shape (`links: {{shaped_by: none}}`) none are needed")
     if scenario.attached and doors is None:
         raise PlaceFailed(f"{scenario.attached[0]} is a device from outside: say with --listen where it comes in")
     return LocalPlace(
@@ -209,10 +211,11 @@ def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doo
         helpers=helper_settings(scenario),
         devices=device_settings(scenario),
         doors=doors,
-        links=choose(scenario.links.shaped_by if scenario.shapes_links else "none", seed=scenario.seed),
+        links=choose(shaping, seed=scenario.seed),
         congestion=scenario.links.congestion,
         implementation=scenario.broker.implementation,
         logs=logs,
+        namespaces=not refused,
     )
 
 
@@ -322,7 +325,8 @@ async def _rounds(
     await runner.all_ready()
     computes = {name: birth.compute for name, birth in runner.births.items() if birth.compute is not None}
     profiles = {name: compute.profile for name, compute in computes.items()}
-    folder.update(profiles=profiles, compute=_pace(set(profiles.values())))
+    meters = {name: compute.meter for name, compute in computes.items() if compute.meter}
+    folder.update(profiles=profiles, compute=_pace(set(profiles.values())), meters=meters)
     watcher.note(f"all {len(profiles)} nodes are ready")
     alone = load_quality_model(scenario.planning.quality).quality(1.0, 0.0)
     references = rows.predicted_references(
@@ -341,7 +345,10 @@ async def _rounds(
             async with control.played(courses(settings, scenario.seed + repetition, beside)):
                 applied, before = await control.applied(), await control.counted()
                 served = await runner.serve(framework, repetition, watcher, links=control.told(scenario.radio))
-                found += await _keep(served, scenario, judge, place, folder, kinds=kinds)
+                share_out(served, computes)
+                found += await _keep(
+                    served, scenario, judge, place, folder, kinds=kinds, unmetered=without_meter(computes)
+                )
                 for transfer in (transfers := rows.transfer_rows(served, control.during, slowdown=scenario.slowdown)):
                     folder.add(transfer)
                 after = await control.counted()
@@ -374,20 +381,21 @@ async def _keep(
     folder: RunFolder,
     *,
     kinds: Mapping[str, Kind],
+    unmetered: Set[str],
 ) -> list[RequestRow]:
     """Score a round's pictures, and keep all that the round left."""
     folder.event("planned", round=served.round, plan=served.plan, seconds=served.seconds)
     shown = sorted(served.answered & set(served.pictures))
     judged = await asyncio.to_thread(judge.judge, {r: served.pictures[r] for r in shown}, served.prompts)
     images = {r: folder.image(served.framework, r, served.pictures[r]) for r in shown}
-    found = rows.request_rows(served, scenario, kinds=kinds, judged=judged, images=images)
+    found = rows.request_rows(served, scenario, kinds=kinds, unmetered=unmetered, judged=judged, images=images)
     memory = place.memory()
     for row in found:
         folder.add(row)
-    for node in rows.node_rows(served, kinds=kinds, memory=memory, ended=place.ended):
+    for node in rows.node_rows(served, kinds=kinds, unmetered=unmetered, memory=memory, ended=place.ended):
         folder.add(node)
     told: list[Row] = [
-        *rows.stage_rows(served, slowdown=scenario.slowdown),
+        *rows.stage_rows(served, unmetered=unmetered, slowdown=scenario.slowdown),
         *rows.call_rows(served),
         *rows.planning_rows(served, edge=EDGE),
     ]
@@ -413,16 +421,9 @@ def device_settings(scenario: Scenario) -> list[DeviceSettings]:
     groups = [group for group in scenario.devices for _ in range(group.count)]
     return [
         DeviceSettings(
-            testbed=TESTBED,
             name=group.attached or f"device-{number}",
             edge=EDGE,
-            host=HOST,
-            port=scenario.broker.port,
-            models=_models(scenario, group.models),
-            profile="native" if group.attached else group.compute,
-            emulated_models=_emulated(scenario),
-            slowdown=scenario.slowdown,
-            latent_dtype=scenario.latent_dtype,
+            **(_shared(scenario, group) | ({"profile": "native"} if group.attached else {})),
         )
         for number, group in enumerate(groups, 1)
     ]
@@ -466,28 +467,25 @@ def edge_settings(scenario: Scenario) -> EdgeSettings:
 
 def _site(scenario: Scenario, node: Edge, name: str) -> EdgeSettings:
     """The settings of an edge or cloud node that does not plan."""
-    return EdgeSettings(
-        testbed=TESTBED,
-        name=name,
-        host=HOST,
-        port=scenario.broker.port,
-        models=_models(scenario, node.models),
-        profile=node.compute,
-        emulated_models=_emulated(scenario),
-        slowdown=scenario.slowdown,
-        latent_dtype=scenario.latent_dtype,
-        rows=node.rows,
-        plans=False,
-    )
+    return EdgeSettings(name=name, rows=node.rows, plans=False, **_shared(scenario, node))
 
 
-def _models(scenario: Scenario, others: Sequence[str]) -> tuple[str, ...]:
-    """What a node holds: the scenario's model first, then its others."""
-    return tuple(dict.fromkeys((scenario.model, *others)))
-
-
-def _emulated(scenario: Scenario) -> dict[str, str]:
-    return {scenario.model: scenario.emulated_model, scenario.small_model: scenario.emulated_small_model}
+def _shared(scenario: Scenario, node: Edge | Devices) -> dict[str, Any]:
+    """What the settings of all kinds of node have in common; a node holds the scenario's model first."""
+    return {
+        "testbed": TESTBED,
+        "host": HOST,
+        "port": scenario.broker.port,
+        "models": tuple(dict.fromkeys((scenario.model, *node.models))),
+        "profile": node.compute,
+        "emulated_models": {
+            scenario.model: scenario.emulated_model,
+            scenario.small_model: scenario.emulated_small_model,
+        },
+        "slowdown": scenario.slowdown,
+        "latent_dtype": scenario.latent_dtype,
+        "torch_device": node.torch_device,
+    }
 
 
 def weights(scenario: Scenario) -> Weights:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from broker.messages import Name
 from netem.course import Setting
 from netem.link import BadLink, decode_quantity, encode_quantity, quantity_schema
+from node.settings import TorchDevice
 
 FOLDER = Path(__file__).parent
 
@@ -44,12 +45,14 @@ class Prompts(Part, frozen=True, kw_only=True):
 class Edge(Part, frozen=True, kw_only=True):
     """The edge node that plans. ``compute`` is hardware to emulate, or ``native``; ``rows`` bounds a denoiser call.
 
-    ``models`` are those that it holds beside the scenario's ``model``.
+    ``models`` are those that it holds beside the scenario's ``model``; they run on the ``torch_device``: ``cpu``, a GPU
+    (``cuda``, ``cuda:1``), or ``auto``, a GPU where torch sees one.
     """
 
     compute: str = "a100"
     rows: Count = 8
     models: tuple[str, ...] = ()
+    torch_device: TorchDevice = "cpu"
 
 
 class MoreEdges(Edge, frozen=True, kw_only=True):
@@ -68,14 +71,15 @@ class Cloud(Edge, frozen=True, kw_only=True):
 class Devices(Part, frozen=True, kw_only=True):
     """A number of like devices; ``models`` are those that each holds beside the scenario's ``model``.
 
-    ``links`` are theirs, where they differ from the scenario's. ``attached`` leaves the place to one real device, of
-    this name, which computes as it does.
+    ``links`` are theirs, where they differ from the scenario's. ``torch_device`` as for an edge; one GPU may serve
+    them all. ``attached`` leaves the place to one real device, of this name, which computes as it does.
     """
 
     count: Count = 1
     attached: Name | None = None
     compute: str = "rtx-3090-ti"
     models: tuple[str, ...] = ()
+    torch_device: TorchDevice = "cpu"
     links: Setting | None = None
 
 

@@ -13,6 +13,9 @@ from msgspec import Meta
 from broker.credentials import Credentials, load_credentials
 from broker.messages import Name
 
+TorchDevice = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)(?!\n)$")]
+"""Where a node's models run."""
+
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the node belongs and how it computes.
@@ -23,6 +26,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     time; ``rows`` bounds a denoiser call; ``latent_dtype`` is what latents travel as; ``threads`` are torch's.
     ``measured`` is a profile file that says what a native node is expected to take, where that was measured before.
     ``credentials`` is the file with what the node shows the broker, where that asks for it.
+    ``torch_device`` is where the models run: ``auto`` is the first GPU, where torch sees one, else the processor.
     """
 
     testbed: Name
@@ -38,6 +42,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rows: Annotated[int, Meta(ge=1)] = 8
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     threads: Annotated[int, Meta(ge=1)] = 1
+    torch_device: TorchDevice = "cpu"
 
     def shown(self) -> Credentials | None:
         """What the node shows the broker; raises ``BadCredentials``."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import io
+import logging
 import time
 from collections.abc import Hashable, Mapping
 from itertools import takewhile
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import msgspec
@@ -22,14 +24,18 @@ from node.latents import pack, unpack
 from node.reporting import Reporter
 from node.settings import NodeSettings
 from semct.cache import LatentCache
-from semct.compute import STANDS_FOR, Processor, processor
-from semct.diffusion import Denoiser
+from semct.compute import STANDS_FOR, Native, Processor, processor
+from semct.diffusion import Denoiser, place
+from semct.energy import find_meter
 from semct.engine import Done, Engine, Job, Totals
 from semct.routes import Segment
 
 _MOST = 1024  # requests under way: what is more is refused, or a flood would fill the memory
 
+_MACHINE = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+
 _libc = ctypes.CDLL(None)
+_logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -84,6 +90,8 @@ class Worker:
             call_joules=call.joules,
             rows=self._rows,
             others={n: Pace(step_seconds=s.seconds, step_joules=s.joules) for n, s in steps.items()},
+            meter=self._pace.meter,
+            machine=_MACHINE.read_text().strip() if self._pace.meter else "",
         )
 
     @property
@@ -151,6 +159,7 @@ class Worker:
             joules=done.joules,
             flops=done.flops,
             steps=done.steps,
+            busy=done.seconds,
             overruns=done.overruns,
             modelled=done.modelled,
         )
@@ -178,6 +187,7 @@ class Worker:
             stop=time.time(),
             joules=cost.joules,
             flops=cost.flops,
+            busy=cost.seconds,
             overruns=int(cost.overrun),
             modelled=cost.modelled,
         )
@@ -234,7 +244,11 @@ def received(work: Work, incoming: Incoming, receiver: str) -> Work:
 def make_worker(settings: NodeSettings, denoisers: Mapping[str, Denoiser]) -> Worker:
     """The worker of a node on denoisers that are already loaded."""
     emulated = {model: (STANDS_FOR | settings.emulated_models).get(model, model) for model in denoisers}
-    pace = processor(settings.profile, emulated, slowdown=settings.slowdown, measured=settings.measured)
+    meter = None
+    if settings.profile == Native.profile:
+        meter, said = find_meter(place(settings.torch_device))
+        _logger.info("energy of %s: %s", settings.name, said)
+    pace = processor(settings.profile, emulated, slowdown=settings.slowdown, measured=settings.measured, meter=meter)
     return Worker(
         name=settings.name,
         denoisers=denoisers,

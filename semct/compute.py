@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semct.calibration import BadProfile, Calibration, quick_fit
+from semct.calibration import BadProfile, Calibration, quick_fit, quick_watts
 from semct.calibration import load as load_calibration
 from semct.diffusion import EMBEDDED, EMBEDDED_SMALL, Conditioning, Denoiser
+from semct.energy import Meter
 
 T = TypeVar("T")
 
@@ -139,6 +140,11 @@ class Processor(Protocol):
         ...
 
     @property
+    def meter(self) -> str | None:
+        """What counts the joules; none where a profile gives them, or nothing does."""
+        ...
+
+    @property
     def latent_bytes(self) -> int:
         """The least size of a latent on the wire; shorter ones are padded."""
         ...
@@ -172,29 +178,40 @@ class Processor(Protocol):
 
 
 class Native:
-    """This machine's own pace; what was ``measured`` of it before need not be again.
+    """This machine's own pace, and all that its ``meter`` counts during a call; zero joules where it has none.
 
-    Energy is not metered here and counts as zero joules.
+    What was ``measured`` of its pace before need not be again.
     """
 
     profile = "native"
     latent_bytes = 0
 
-    def __init__(self, measured: Calibration | None = None) -> None:
-        self._expected = {measured.model: (measured.call_seconds, measured.step_seconds)} if measured else {}
+    def __init__(self, measured: Calibration | None = None, meter: Meter | None = None) -> None:
+        self._meter = meter
+        self._expected: dict[str, tuple[float, float, float]] = {}
+        if measured is not None:
+            self._expected[measured.model] = (measured.call_seconds, measured.step_seconds, measured.watts or 0.0)
+
+    @property
+    def meter(self) -> str | None:
+        """The meter's name."""
+        return self._meter.name if self._meter else None
 
     def call_cost(self, denoiser: Denoiser) -> Cost:
         """Measured on first use of a model: calls of a few rows tell a call's time from a row's."""
-        return Cost(self._measured(denoiser)[0], 0.0, 0.0, overrun=False, modelled=False)
+        seconds, _, watts = self._measured(denoiser)
+        return Cost(seconds, seconds * watts, 0.0, overrun=False, modelled=False)
 
     def step_cost(self, denoiser: Denoiser) -> Cost:
         """Measured together with ``call_cost``."""
-        seconds, flops = self._measured(denoiser)[1], float(denoiser.flops_per_step)
-        return Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+        _, seconds, watts = self._measured(denoiser)
+        return Cost(seconds, seconds * watts, float(denoiser.flops_per_step), overrun=False, modelled=False)
 
-    def _measured(self, denoiser: Denoiser) -> tuple[float, float]:
+    def _measured(self, denoiser: Denoiser) -> tuple[float, float, float]:
+        """Seconds of a call and of a row, and watts."""
         if denoiser.name not in self._expected:
-            self._expected[denoiser.name] = quick_fit(denoiser)
+            watts = quick_watts(denoiser, self._meter) if self._meter else 0.0
+            self._expected[denoiser.name] = (*quick_fit(denoiser), watts)
         return self._expected[denoiser.name]
 
     def decode_cost(self, denoiser: Denoiser) -> Cost:
@@ -210,15 +227,18 @@ class Native:
         conditionings: Sequence[Conditioning],
     ) -> tuple[list[Tensor], Cost]:
         """``Denoiser.step`` and its cost."""
-        result, seconds = _timed(lambda: denoiser.step(latents, at, of, conditionings))
         flops = float(denoiser.flops_per_step * len(latents))
-        return result, Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+        return self._run(lambda: denoiser.step(latents, at, of, conditionings), flops)
 
     def decode(self, denoiser: Denoiser, latents: Sequence[Tensor]) -> tuple[NDArray[np.uint8], Cost]:
         """``Denoiser.decode`` and its cost."""
-        result, seconds = _timed(lambda: denoiser.decode(latents))
-        flops = float(denoiser.flops_per_decode * len(latents))
-        return result, Cost(seconds, 0.0, flops, overrun=False, modelled=False)
+        return self._run(lambda: denoiser.decode(latents), float(denoiser.flops_per_decode * len(latents)))
+
+    def _run(self, call: Callable[[], T], flops: float) -> tuple[T, Cost]:
+        before = self._meter.joules() if self._meter else 0.0
+        result, seconds = _timed(call)
+        joules = self._meter.joules() - before if self._meter else 0.0
+        return result, Cost(seconds, joules, flops, overrun=False, modelled=False)
 
 
 class Emulated:
@@ -226,6 +246,8 @@ class Emulated:
 
     ``models`` says which model each denoiser stands for, by the denoiser's name.
     """
+
+    meter = None
 
     def __init__(self, profile: Profile, models: Mapping[str, EmulatedModel], *, slowdown: float = 1.0) -> None:
         self.latent_bytes = max(m.latent_bytes for m in models.values())
@@ -270,6 +292,8 @@ class Emulated:
 
 class Calibrated:
     """A machine's pace as it was measured, with the model that it was measured with, held in stretched real time."""
+
+    meter = None
 
     def __init__(self, measured: Calibration, *, slowdown: float = 1.0) -> None:
         self.profile = measured.name
@@ -326,16 +350,18 @@ def check_names(profile: str, models: Iterable[str]) -> None:
             _named(EMULATED_MODELS, model, "emulated model")
 
 
-def processor(profile: str, models: Mapping[str, str], *, slowdown: float, measured: str = "") -> Processor:
+def processor(
+    profile: str, models: Mapping[str, str], *, slowdown: float, measured: str = "", meter: Meter | None = None
+) -> Processor:
     """The processor of a node: ``profile`` is ``native``, a name in ``PROFILES``, or the file of a calibrated one.
 
     ``models`` are names in ``EMULATED_MODELS``: what each of the node's denoisers stands for, by its name. ``measured``
-    is a calibrated profile's file that says what a native node is expected to take.
+    is a calibrated profile's file that says what a native node is expected to take; the ``meter`` counts its energy.
     """
     if profile.endswith(CALIBRATED):
         return calibrated(profile, models, slowdown=slowdown)
     if profile == Native.profile:
-        return Native(_measured(measured) if measured else None)
+        return Native(_measured(measured) if measured else None, meter)
     return Emulated(
         _named(PROFILES, profile, "compute profile"),
         {denoiser: _named(EMULATED_MODELS, model, "emulated model") for denoiser, model in models.items()},

@@ -37,8 +37,27 @@ _PROMPTS_KEPT = 1024
 _BLENDS_KEPT = 128
 
 
+class NoSuchDevice(ValueError):
+    """A model is to run on a GPU that is not there."""
+
+
 class ModelNotFound(ValueError):
     """No diffusion model of that name can be loaded here."""
+
+
+def place(device: str) -> str:
+    """The torch device that ``auto`` means here, or ``device`` itself. A process that asked for a GPU must not fork.
+
+    Raises ``NoSuchDevice`` for a GPU that torch cannot use.
+    """
+    if device == "cpu":
+        return device
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if there else "cpu"
+    if (torch.device(device).index or 0) >= there:
+        raise NoSuchDevice(f"torch {torch.__version__} sees {there} GPUs here, and is to run a model on {device!r}")
+    return device
 
 
 class Conditioning(NamedTuple):

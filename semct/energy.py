@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 _POWERCAP = Path("/sys/class/powercap")
 
 
@@ -48,10 +50,10 @@ class Rapl:
 
 
 class Gpu:
-    """The counter of one NVIDIA GPU (NVML), through zeus."""
+    """The counter of one NVIDIA GPU (NVML), through zeus. ``name`` tells it from other GPUs, on other machines too."""
 
-    def __init__(self, gpus: Any, index: int) -> None:
-        self.name = f"NVML, GPU {index}"
+    def __init__(self, gpus: Any, index: int, name: str) -> None:
+        self.name = f"NVML, {name}"
         self._gpus = gpus
         self._index = index
         self._first = self._read()
@@ -64,10 +66,10 @@ class Gpu:
         return float(self._gpus.get_total_energy_consumption(self._index)) / 1e3
 
 
-def find_meter(*, gpu: int | None = None, powercap: Path = _POWERCAP) -> tuple[Meter | None, str]:
-    """A meter of that GPU, or of the processors where none is given; and its name, or why there is none."""
-    if gpu is not None:
-        return _gpu_meter(gpu)
+def find_meter(device: str = "cpu", *, powercap: Path = _POWERCAP) -> tuple[Meter | None, str]:
+    """A meter of torch's ``device``, a GPU or the processors; and its name, or why there is none."""
+    if device.startswith("cuda"):
+        return _gpu_meter(torch.device(device).index or 0)
     packages = [p for p in sorted(powercap.glob("intel-rapl:*")) if p.name.count(":") == 1]
     if not packages:
         return None, f"no meter: the processor shows no energy counters (RAPL) in {powercap}"
@@ -84,7 +86,8 @@ def _gpu_meter(index: int) -> tuple[Meter | None, str]:
     except ImportError:
         return None, "no meter: reading a GPU's energy takes the package zeus, which is not installed"
     try:
-        meter = Gpu(get_gpus(), index)
+        known = torch.cuda.get_device_properties(index)
+        meter = Gpu(get_gpus(), index, f"{known.name} {str(known.uuid)[:8]}")
     except Exception as error:  # whatever the driver has to say
         return None, f"no meter: GPU {index} cannot be read ({error})"
     return meter, meter.name

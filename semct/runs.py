@@ -33,7 +33,8 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     z: steps that others share, wherever they run, and own ones on edges and device; ``cloud_steps`` are own ones in
     the cloud. The stages ``upload_s`` ... ``decode_s`` say where the time went; ``relay_s`` and ``bytes_relayed``
     are transfers between edge and cloud nodes, which take no radio energy. ``modelled``: compute time and energy
-    come from a compute profile, not from a clock and a meter. ``image`` is a path inside the run folder.
+    come from a compute profile, not from a clock and a meter; what a node without a meter took is null, and so is then
+    the energy of the whole. ``image`` is a path inside the run folder.
     An outcome is ``degraded`` where the edge did not answer in time and the device did it alone: then what was planned
     and predicted is not what was done, and stands empty. ``reason`` says why an outcome is not ``answered``.
     """
@@ -77,9 +78,9 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     download_s: float = 0.0
     device_denoise_s: float = 0.0
     decode_s: float = 0.0
-    energy_edge_j: float = 0.0
-    energy_cloud_j: float = 0.0
-    energy_device_j: float = 0.0
+    energy_edge_j: float | None = 0.0
+    energy_cloud_j: float | None = 0.0
+    energy_device_j: float | None = 0.0
     energy_radio_j: float = 0.0
     bytes_up: int = 0
     bytes_relayed: int = 0
@@ -93,7 +94,8 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     """What one node spent on one round.
 
     ``rows`` are denoised latents summed over the ``denoiser_calls``; ``busy_s`` seconds of the emulated
-    world; ``memory_mib`` the process's private memory (USS) in MiB; ``alive`` whether it lived at the end.
+    world; ``energy_j`` what denoising took, null where nothing measures it; ``memory_mib`` the process's private
+    memory (USS) in MiB; ``alive`` whether it lived at the end.
     ``shortages`` are denoiser calls for which memory did not suffice, after which calls had half as many rows.
     ``cache_*`` are the edge's, where the framework caches latents: requests that started from what was there or coming
     and those that did not, denoising steps that this saved, latents dropped, and the MB that are held at the end.
@@ -107,7 +109,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     tflop: float
     busy_s: float
-    energy_j: float
+    energy_j: float | None
     overruns: int
     shortages: int = 0
     cache_hits: int | None = None
@@ -181,7 +183,8 @@ class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     """One stretch of a request's time on one node: what ``name`` says, from ``start`` to ``stop`` (wall clock, epoch).
 
     ``seconds`` are of the emulated world: the slowdown divided out, but for planning, which is not slowed down.
-    ``joules``, ``tflop`` and ``steps`` are the request's own part where the work was shared. ``to`` is a transfer's
+    ``joules``, ``tflop`` and ``steps`` are the request's own part where the work was shared; joules that nothing
+    measured are null. ``to`` is a transfer's
     receiver and ``size`` what it put on the wire, in bytes.
     """
 
@@ -193,7 +196,7 @@ class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     start: float
     stop: float
     seconds: float
-    joules: float = 0.0
+    joules: float | None = 0.0
     tflop: float = 0.0
     steps: float = 0.0
     size: int = 0
@@ -282,7 +285,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """``run.json``: how a run stands, what was asked of it, and what it ran on.
 
     ``reason`` is one sentence where the status needs one. ``frameworks`` stand in the scenario's order.
-    ``profiles`` maps nodes to their compute profiles. ``overruns`` counts calls that took longer than the
+    ``profiles`` maps nodes to their compute profiles, and ``meters`` native ones to what measured their energy, where
+    something did. ``overruns`` counts calls that took longer than the
     hardware they emulate. ``device_memory_mib`` is the private memory (USS) of each device process in MiB.
     """
 
@@ -296,6 +300,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     compute: Literal["native", "emulated", "mixed"] | None = None
     profiles: dict[str, str] = {}
+    meters: dict[str, str] = {}
     slowdown: float = 1.0
     overruns: int = 0
     broker: str | None = None

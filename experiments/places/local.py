@@ -1,4 +1,4 @@
-"""The local place: this machine, a network namespace for each device, a broker that starts and stops with it."""
+"""The local place: this machine, a network namespace for each device where it permits them, a broker of its own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from experiments.places import Placed, PlaceFailed
 from netem.control import Counters
 from netem.hosts import HUB_ADDRESS, AttachError, Hub, Links, LinksUnavailable, NamespaceError
 from netem.link import Link
+from netem.loopback import LOOPBACK_ADDRESS, Loopback
 from netem.probe import Traffic, ping, traffic
-from node.settings import NodeSettings
+from node.settings import NodeSettings, Settings
+from semct.diffusion import NoSuchDevice, place
 
 
 class LocalPlace:
-    """Broker and nodes as processes of this machine. The caller must have entered the hub.
+    """Broker and nodes as processes of this machine. With ``namespaces``, the caller must have entered the hub.
 
     ``edge`` plans and stands at the hub; ``helpers``, the other edges and the cloud, have links as devices have. A
-    device that has one of the ``doors`` is not started here: it comes in there, and enrols.
+    device that has one of the ``doors`` is not started here: it comes in there, and enrols. Without ``namespaces`` all
+    share the machine's own network, and no link can be shaped.
     """
 
     def __init__(
@@ -43,27 +46,29 @@ class LocalPlace:
         congestion: str,
         implementation: Any,
         logs: Path,
+        namespaces: bool = True,
     ) -> None:
-        self.host, self.port = edge.host, edge.port
-        self._edge = edge
-        self._helpers = helpers
+        self.host, self.port = edge.host if namespaces else LOOPBACK_ADDRESS, edge.port
+        self._edge = self._settled(edge)
+        self._helpers = helpers = [self._settled(h) for h in helpers]
         self._doors = doors
         outside = doors.sockets if doors else {}
-        self._devices = [device for device in devices if device.name not in outside]
+        self._devices = [self._settled(device) for device in devices if device.name not in outside]
         self._attached = [device for device in devices if device.name in outside]
+        self._namespaces = namespaces
         self._logs = logs
         self._stack = AsyncExitStack()
         self._links = links
-        self._hub = Hub(links, congestion=congestion)
+        self._hub = Hub(links, congestion=congestion) if namespaces else Loopback()
         self._broker = LocalBroker(
-            hosts=[edge.host],
+            hosts=[self.host],
             port=edge.port,
             directory=logs,
             implementation=implementation,
             more=doors.listeners if doors else (),
         )
         self._enrolment = Enrolment(
-            edge.host,
+            self.host,
             edge.port,
             testbed=edge.testbed,
             attached=self._attached,
@@ -75,9 +80,11 @@ class LocalPlace:
             ),
         }
         if self._devices:
-            self._servers["devices"] = _warm_server("device_node.process", self._devices, logs / "device-server.log")
+            self._servers["devices"] = self._warm_server(
+                "device_node.process", self._devices, logs / "device-server.log"
+            )
         if helpers:
-            self._servers["helpers"] = _warm_server("edge_node.process", helpers, logs / "helper-server.log")
+            self._servers["helpers"] = self._warm_server("edge_node.process", helpers, logs / "helper-server.log")
         if doors:
             files = [door.fileno() for door in doors.sockets.values()]
             self._servers["doors"] = ForkServer("experiments.doors", warm={}, log=logs / "door-server.log", files=files)
@@ -112,7 +119,8 @@ class LocalPlace:
     @property
     def described(self) -> Placed:
         """What runs here."""
-        return Placed(broker=self._broker.version, links=self._links.implementation, hosts="network namespaces")
+        hosts = "network namespaces" if self._namespaces else "processes that share this machine's network"
+        return Placed(broker=self._broker.version, links=self._links.implementation, hosts=hosts)
 
     async def shape(self, node: str, link: Link) -> None:
         """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
@@ -199,11 +207,20 @@ class LocalPlace:
         how = f"was killed by signal {-event.code}" if event.code < 0 else f"ended with status {event.code}"
         return f"{how}: {lines[-1].strip()} (see {log})" if lines else f"{how} (see {log})"
 
+    def _settled(self, node: Settings) -> Settings:
+        """A node's settings with its way to the broker here, and the device that its models run on.
 
-def _warm_server(module: str, nodes: Sequence[NodeSettings], log: Path) -> ForkServer:
-    """A server that loads once what its nodes hold."""
-    models = list(dict.fromkeys(model for node in nodes for model in node.models))
-    return ForkServer(module, warm={"models": models}, log=log)
+        What ``auto`` means is found out here: a fork server that asked for GPUs could not fork any longer.
+        """
+        try:
+            return msgspec.structs.replace(node, host=self.host, torch_device=place(node.torch_device))
+        except NoSuchDevice as error:
+            raise PlaceFailed(f"{node.name} cannot start: {error}") from error
+
+    def _warm_server(self, module: str, nodes: Sequence[NodeSettings], log: Path) -> ForkServer:
+        """A server that loads once what its nodes hold, but for nodes on a GPU: each of them loads for itself."""
+        models = list(dict.fromkeys(model for node in nodes if node.torch_device == "cpu" for model in node.models))
+        return ForkServer(module, warm={"models": models}, log=log, own_network=self._namespaces)
 
 
 HOST = HUB_ADDRESS

@@ -159,11 +159,37 @@ def test_what_cannot_run_gets_one_sentence_and_keeps_the_record(
 def test_a_missing_privilege_gets_one_sentence_and_keeps_the_record(tmp_path: Path) -> None:
     # In a user namespace of its own that may have no network namespaces.
     forbid = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$@"'
-    process = start(scenario(tmp_path), wrapper=("unshare", "-Ur", "sh", "-c", forbid, "sh"))
+    wrapper = ("unshare", "-Ur", "sh", "-c", forbid, "sh")
+    process = start(scenario(tmp_path, more="links: {cell: {}}"), wrapper=wrapper)
     output = finish(process)
     assert process.returncode == 1
     assert "namespace" in last_line(output)
     assert only_run(tmp_path).info.status == "failed"
+
+
+def test_without_links_to_shape_a_run_needs_no_namespaces_and_native_nodes_without_meter_name_no_energy(
+    tmp_path: Path,
+) -> None:
+    forbid = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$@"'
+    native = "edge: {compute: native, torch_device: auto}\nbroker: {port: 18836}"
+    process = start(
+        scenario(tmp_path, frameworks="semct, device-only", more=native),
+        wrapper=("unshare", "-Ur", "sh", "-c", forbid, "sh"),
+    )
+    output = finish(process)
+    assert process.returncode == 0, output
+    run = only_run(tmp_path)
+    assert run.info.hosts == "processes that share this machine's network"
+    assert run.info.link == "unshaped"
+    assert set(run.requests["outcome"]) == {"answered"}
+    assert run.requests["utility"].is_finite().all()
+    nodes = {(r["framework"], r["node"]): r["energy_j"] for r in run.nodes.iter_rows(named=True)}
+    metered = "edge" in run.info.meters  # as this machine has it
+    assert (nodes["semct", "edge"] is not None) == metered
+    assert nodes["device-only", "device-1"] > 0
+    on_edge = run.requests.filter(pl.col("energy_edge_j").is_null())
+    assert on_edge["energy_j"].is_null().all()
+    assert metered or on_edge.height
 
 
 def test_a_device_that_never_answers_and_one_that_dies_are_named_and_the_others_served(tmp_path: Path) -> None:

@@ -173,3 +173,38 @@ def test_every_table_entry_says_where_it_is_from() -> None:
         assert entry.name == name
         assert len(entry.source) > 20
     assert all(p.tflops > 0 and p.watts > 0 for p in PROFILES.values())
+
+
+class Ticking:
+    """A meter that has counted so much, as a denoiser's calls take it further."""
+
+    name = "a meter"
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def joules(self) -> float:
+        return self.total
+
+
+def test_a_native_call_costs_what_its_meter_counts_meanwhile(tiny: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Ticking()
+    step = tiny.step
+
+    def drawing(*arguments: object) -> list[torch.Tensor]:
+        meter.total += 3.0
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny, "step", drawing)
+    pace = processor("native", {}, slowdown=1.0, meter=meter)
+    assert pace.meter == "a meter"
+    assert processor("native", {}, slowdown=1.0).meter is None
+    meter.total = 100.0
+    noise, text = tiny.noise(0), tiny.encode("")
+    _, cost = pace.step(tiny, [noise], [0], [4], [text])
+    assert (cost.joules, cost.modelled) == (3.0, False)
+    assert pace.step(tiny, [noise], [0], [4], [text])[1].joules == 3.0
+    assert pace.decode(tiny, [noise])[1].joules == 0.0
+    # What planning expects is power times time.
+    assert pace.step_cost(tiny).joules > 0 or pace.call_cost(tiny).joules > 0
+    assert Native().step_cost(tiny).joules == 0

@@ -46,7 +46,7 @@ def test_no_counters_are_no_meter(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_its_reader_is_no_meter() -> None:
-    meter, reason = find_meter(gpu=0)
+    meter, reason = find_meter("cuda:0")
     assert meter is None
     assert reason.startswith("no meter:")
 
@@ -60,7 +60,7 @@ def test_a_gpu_counts_millijoules_from_when_the_meter_was_made() -> None:
             return self.millijoules
 
     gpus = Gpus()
-    meter = Gpu(gpus, 1)
+    meter = Gpu(gpus, 1, "NVIDIA H200 8308ad1b")
+    assert meter.name == "NVML, NVIDIA H200 8308ad1b"
     gpus.millijoules = 7500.0
     assert meter.joules() == 2.5
-    assert meter.name == "NVML, GPU 1"
