@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-kernel clean
+.PHONY: demo test test-kernel test-browser clean
 
 demo: .venv/ready
 	$(BIN)/semct run experiments/scenarios/quickstart.yaml
@@ -17,6 +17,9 @@ test: .venv/ready
 
 test-kernel: .venv/ready
 	$(BIN)/python -m pytest -m kernel tests/kernel
+
+test-browser: .venv/ready
+	$(BIN)/python -m pytest -m browser tests/browser
 
 clean:
 	rm -rf .venv

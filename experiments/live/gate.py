@@ -112,6 +112,7 @@ class Gate:
     def __init__(self, listening: socket.socket) -> None:
         self.viewers = 0
         self.changed = asyncio.Event()
+        self.url = url(listening)
         self._socket = listening
         self._broker: tuple[str, int] | None = None
         self._stack = AsyncExitStack()

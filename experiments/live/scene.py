@@ -421,7 +421,7 @@ class Scene:
         now = self._info().overruns
         if now > self._overruns:
             more = now - self._overruns
-            self._note("overrun", f"{more} denoiser calls took longer than on the hardware that is emulated")
+            self._note("overrun", f"{more} times something took longer than on the hardware that is emulated")
             self._overruns = now
             self.changed.add("run")
 

@@ -8,31 +8,22 @@ const ROOM = 44; // of that, for labels at the rim
 const MANY = 16; // devices from which labels are shown for the chosen one only
 const CIRCLE = 2 * Math.PI;
 
+const SMALL = 430; // pixels: a drawing narrower than that shows labels of the chosen device only
+
 let canvas = null;
+let width = 2 * SIZE; // pixels that the drawing has
+let layout = null; // of the nodes as they were told last, on a screen as wide as it was then
 
 export function drawCell(state, choose) {
   const nodes = state.view.cell?.nodes ?? [];
-  const devices = nodes.filter((node) => node.role === "device").sort(byNumber);
-  const sites = nodes.filter((node) => node.role !== "device").sort((a, b) => (a.name === "edge" ? -1 : b.name === "edge" ? 1 : byNumber(a, b)));
-  at("cell").toggleAttribute("hidden", !nodes.length);
+  at("cell").hidden = !nodes.length;
   if (!nodes.length) return;
-  canvas ??= frame();
+  canvas ??= frame(() => drawCell(state, choose));
+  if (layout?.nodes !== nodes || layout.width !== width) layout = place(nodes);
+  const { devices, sites, places, far, size, zoom } = layout;
   const requests = new Map((state.view.round?.requests ?? []).map((request) => [request.device, request]));
   const steps = state.view.run?.steps ?? 28;
-  const far = Math.max(...devices.map((d) => (d.x === null ? 0 : Math.hypot(d.x, d.y))), 0);
-  const metre = far ? (SIZE - ROOM) / far : 0;
-  const size = devices.length > MANY ? 9 : 19;
-  drawRings(far, metre);
 
-  const places = new Map();
-  devices.forEach((device, index) => {
-    const turn = (index / devices.length) * CIRCLE - CIRCLE / 4;
-    const placed = device.x !== null && far > 0;
-    places.set(device.name, placed ? [device.x * metre, -device.y * metre] : [Math.cos(turn) * (SIZE - ROOM - 20), Math.sin(turn) * (SIZE - ROOM - 20)]);
-  });
-  apart(places, size);
-
-  mark(canvas.devices, "class", devices.length > MANY ? "quiet" : null);
   keep(canvas.wires, devices, (device) => device.name, () => draw("line"), updateWire);
   keep(canvas.devices, devices, (device) => device.name, create, update);
   keep(canvas.sites, sites, (site) => site.name, makeSite, (group, site, index) => placeSite(group, site, index, sites.length));
@@ -62,7 +53,7 @@ export function drawCell(state, choose) {
     mark(wire, "class", busy ? "wire busy" : "wire");
     mark(wire, "x2", x.toFixed(1));
     mark(wire, "y2", y.toFixed(1));
-    mark(wire, "stroke-width", ((busy ? 1.5 : 0) + width(device.down?.rate ?? null)).toFixed(2));
+    mark(wire, "stroke-width", ((busy ? 1.5 : 0) + breadth(device.down?.rate ?? null)).toFixed(2));
     mark(wire, "stroke-dasharray", (device.down?.loss ?? 0) >= 0.01 ? "5 4" : null);
   }
 
@@ -74,7 +65,7 @@ export function drawCell(state, choose) {
     paint(group, request?.cluster);
     const classes = ["device"];
     if (state.chosen === device.name) classes.push("chosen");
-    if (device.state !== "ready") classes.push("gone");
+    if (device.state === "lost") classes.push("gone");
     mark(group, "class", classes.join(" "));
     mark(group.spot, "transform", `translate(${x.toFixed(1)} ${y.toFixed(1)})`);
     mark(piece.body, "r", size);
@@ -83,15 +74,44 @@ export function drawCell(state, choose) {
     mark(piece.arc, "stroke-width", size > 10 ? 3.5 : 2.5);
     mark(piece.arc, "stroke-dasharray", `${((done / steps) * around).toFixed(1)} ${around.toFixed(1)}`);
     mark(piece.arc, "visibility", done ? "visible" : "hidden");
-    const shown = state.pictures.get(device.name)?.shown?.get(state.view.round?.framework);
-    mark(piece.image, "href", shown?.url ?? null);
-    if (shown) {
+    const picture = state.pictures.get(device.name)?.shown?.get(state.view.round?.framework);
+    mark(piece.image, "href", picture?.url ?? null);
+    if (picture) {
       for (const [name, value] of [["x", -size], ["y", -size], ["width", 2 * size], ["height", 2 * size]]) mark(piece.image, name, value);
       mark(piece.image, "clip-path", `circle(${size - 1}px)`);
     }
-    mark(piece.label, "y", size + 16);
+    mark(piece.label, "y", (size + 4 + 12 * zoom).toFixed(1));
     write(piece.label, label(device));
   }
+}
+
+/** Where all nodes are drawn, and how large. */
+function place(nodes) {
+  const devices = nodes.filter((node) => node.role === "device").sort(byNumber);
+  const others = nodes.filter((node) => node.role !== "device" && node.name !== "edge").sort(byNumber);
+  const sites = [...nodes.filter((node) => node.name === "edge"), ...others];
+  const far = Math.max(...devices.map((d) => (d.x === null ? 0 : Math.hypot(d.x, d.y))), 0);
+  const metre = far ? (SIZE - ROOM) / far : 0;
+  const zoom = Math.min(2.2, Math.max(1, (2 * SIZE) / width)); // what is small on the screen is drawn larger
+  const size = (devices.length > MANY ? 9 : 19) * Math.sqrt(zoom);
+  const places = new Map();
+  devices.forEach((device, index) => {
+    const turn = (index / devices.length) * CIRCLE - CIRCLE / 4;
+    const rim = SIZE - ROOM - 20;
+    const spot = device.x !== null && far ? [device.x * metre, -device.y * metre] : [Math.cos(turn) * rim, Math.sin(turn) * rim];
+    places.set(device.name, spot);
+  });
+  apart(places, size);
+  const heights = [...places.values()].map(([, y]) => y);
+  const top = sites.length > 1 ? -SIZE : Math.max(-SIZE, Math.min(-90, ...heights) - ROOM);
+  const bottom = Math.min(SIZE, Math.max(90, ...heights) + ROOM);
+  const same = layout && layout.devices.length === devices.length; // who moves may need more room, and keeps it
+  const box = [same ? Math.min(top, layout.box[0]) : top, same ? Math.max(bottom, layout.box[1]) : bottom];
+  mark(canvas.svg, "viewBox", [-SIZE, box[0], 2 * SIZE, box[1] - box[0]].map((n) => n.toFixed(0)).join(" "));
+  drawRings(far, metre);
+  mark(canvas.devices, "class", devices.length > MANY || width < SMALL ? "quiet" : null);
+  canvas.svg.style.setProperty("--zoom", zoom.toFixed(2));
+  return { nodes, width, devices, sites, places, far, size, zoom, box };
 }
 
 function label(device) {
@@ -117,21 +137,25 @@ function describe(state, devices, nodes, far) {
   } else {
     write(at("link"), devices.some((d) => d.down) ? "Choose a device to see its link both ways." : "");
   }
-  const ready = devices.filter((d) => d.state === "ready").length;
+  const there = devices.filter((d) => d.state !== "lost").length;
   const rates = devices.map((d) => d.down?.rate).filter((r) => r);
   const facts = [
-    `${ready} of ${state.view.run?.users ?? devices.length} devices`,
+    `${there} of ${state.view.run?.users ?? devices.length} devices`,
     far ? `up to ${far.toFixed(0)} m` : "",
     rates.length ? `${rate(Math.min(...rates))} to ${rate(Math.max(...rates))}` : "",
   ];
   write(at("cell-note"), facts.filter(Boolean).join(" · "));
 }
 
-function frame() {
+function frame(again) {
   const parts = { rings: draw("g"), wires: draw("g"), devices: draw("g"), sites: draw("g") };
-  const box = [-SIZE, -SIZE, 2 * SIZE, 2 * SIZE].join(" ");
-  at("map").append(draw("svg", { viewBox: box, "aria-hidden": "true" }, parts.rings, parts.wires, parts.devices, parts.sites));
-  return parts;
+  const svg = draw("svg", { "aria-hidden": "true" }, parts.rings, parts.wires, parts.devices, parts.sites);
+  at("map").append(svg);
+  new ResizeObserver(([{ contentRect }]) => {
+    width = contentRect.width || width;
+    again();
+  }).observe(at("map"));
+  return { ...parts, svg };
 }
 
 function drawRings(far, metre) {
@@ -165,7 +189,7 @@ function placeSite(group, site, index, sites) {
 }
 
 /** Lines are wider where a link is faster. */
-function width(bits) {
+function breadth(bits) {
   return bits === null ? 1 : Math.min(4, Math.max(0.6, Math.log10(bits / 1e5)));
 }
 

@@ -22,15 +22,18 @@ function fill(element, classes, attributes, children) {
   return element;
 }
 
-/** Text is written only where it differs: a page that writes nothing paints nothing. */
+/** Text is written only where it differs from what was written last: a page that writes nothing paints nothing. */
 export function write(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (element.written !== text) element.textContent = element.written = text;
 }
 
-/** Sets an attribute where it differs; null removes it. */
+/** Sets an attribute where it differs from what was set last; null removes it. */
 export function mark(element, name, value) {
+  const had = (element.marked ??= {});
+  if (had[name] === value) return;
+  had[name] = value;
   if (value === null) element.removeAttribute(name);
-  else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+  else element.setAttribute(name, value);
 }
 
 /** Keeps one child of `parent` for each item, in order: made by `create(item)` once for each `key(item)`, then

@@ -14,7 +14,7 @@ export function whereabouts(request, progress, steps) {
   const next = request.segments.find((segment) => segment.stop > done);
   if (progress && next.node !== progress.node) return { done, says: `on its way to ${next.node}`, to: next.node };
   if (!done) return { done, says: `waits at ${next.node}` };
-  return { done, says: `${next.node}: ${done} of ${steps}` };
+  return { done, says: `${next.node === request.device ? "device" : next.node}: ${done} of ${steps}` };
 }
 
 export function drawRequests(state, choose) {
@@ -43,7 +43,8 @@ export function drawRequests(state, choose) {
     const { done, says } = whereabouts(request, state.progress.get(request.id), steps);
     paint(card, request.cluster);
     write(piece.who, request.device);
-    write(piece.state, says);
+    const seconds = request.outcome && state.pictures.get(request.device)?.shown.get(round.framework)?.latency;
+    write(piece.state, seconds ? `${says} · ${significant(seconds)}\u00a0s` : says);
     mark(piece.state, "class", `state ${request.outcome}`);
     write(piece.wish, request.prompt);
     mark(piece.wish, "title", request.prompt);

@@ -52,7 +52,7 @@ export function drawHead(state) {
   ];
   write(at("facts"), `${facts.filter(Boolean).join(" · ")}. ${modelled}`);
   const warnings = [
-    run.overruns ? `${count(run.overruns, "overrun")}: this machine is too slow for the hardware that it emulates; raise \`slowdown\`.` : "",
+    run.overruns ? `${count(run.overruns, "overrun")}: this machine is too slow for the hardware that it emulates; raise “slowdown” in the scenario.` : "",
     run.reason,
   ].filter(Boolean);
   at("warning").hidden = !warnings.length;
