@@ -94,6 +94,7 @@ function place(nodes) {
   const metre = far ? (SIZE - ROOM) / far : 0;
   const zoom = Math.min(2.2, Math.max(1, (2 * SIZE) / width)); // what is small on the screen is drawn larger
   const size = (devices.length > MANY ? 9 : 19) * Math.sqrt(zoom);
+  const labelled = devices.length <= MANY && width >= SMALL;
   const places = new Map();
   devices.forEach((device, index) => {
     const turn = (index / devices.length) * CIRCLE - CIRCLE / 4;
@@ -101,7 +102,7 @@ function place(nodes) {
     const spot = device.x !== null && far ? [device.x * metre, -device.y * metre] : [Math.cos(turn) * rim, Math.sin(turn) * rim];
     places.set(device.name, spot);
   });
-  apart(places, size);
+  apart(places, size, labelled ? 0.6 : 1);
   const heights = [...places.values()].map(([, y]) => y);
   const top = sites.length > 1 ? -SIZE : Math.max(-SIZE, Math.min(-90, ...heights) - ROOM);
   const bottom = Math.min(SIZE, Math.max(90, ...heights) + ROOM);
@@ -109,7 +110,7 @@ function place(nodes) {
   const box = [same ? Math.min(top, layout.box[0]) : top, same ? Math.max(bottom, layout.box[1]) : bottom];
   mark(canvas.svg, "viewBox", [-SIZE, box[0], 2 * SIZE, box[1] - box[0]].map((n) => n.toFixed(0)).join(" "));
   drawRings(far, metre);
-  mark(canvas.devices, "class", devices.length > MANY || width < SMALL ? "quiet" : null);
+  mark(canvas.devices, "class", labelled ? null : "quiet");
   canvas.svg.style.setProperty("--zoom", zoom.toFixed(2));
   return { nodes, width, devices, sites, places, far, size, zoom, box };
 }
@@ -193,24 +194,25 @@ function breadth(bits) {
   return bits === null ? 1 : Math.min(4, Math.max(0.6, Math.log10(bits / 1e5)));
 }
 
-/** Devices that would lie on each other or on the edge move apart a little; their direction stays nearly the same. */
-function apart(places, size) {
+/** Devices that would lie on each other or on the edge move apart a little; their direction stays nearly the same.
+ * Where labels stand below them, `flat` (under 1) asks for more room that way. */
+function apart(places, size, flat) {
   const spots = [...places.values()];
   const gap = 2 * size + 10;
   for (let round = 0; round < 20; round += 1) {
     for (let i = 0; i < spots.length; i += 1) {
-      for (let j = i + 1; j < spots.length; j += 1) push(spots[i], spots[j], gap);
+      for (let j = i + 1; j < spots.length; j += 1) push(spots[i], spots[j], gap, flat);
       const middle = [0, 0];
-      push(middle, spots[i], size + 56);
+      push(middle, spots[i], size + 56, 1);
     }
   }
 }
 
-function push(a, b, gap) {
+function push(a, b, gap, flat) {
   const [dx, dy] = [b[0] - a[0], b[1] - a[1]];
-  const distance = Math.hypot(dx, dy) || 0.01;
+  const distance = Math.hypot(dx, flat * dy) || 0.01;
   if (distance >= gap) return;
-  const by = (gap - distance) / 2 / distance;
+  const by = Math.min(20, (gap - distance) / 2) / distance;
   a[0] -= dx * by;
   a[1] -= dy * by;
   b[0] += dx * by;

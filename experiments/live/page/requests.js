@@ -88,7 +88,7 @@ export function drawClusters(state) {
         count(cluster.members.length, "user"),
         like.length ? `similarity ${mean.toFixed(2)}` : "",
         `worded by ${cluster.source}`,
-        `${percent(cluster.share)} of the edge`,
+        cluster.share >= 0.001 ? `${percent(cluster.share)} of the edge` : "",
       ];
       write(card.children[1], facts.filter(Boolean).join(" · "));
     },
