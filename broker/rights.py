@@ -10,7 +10,7 @@ Role = Literal["device", "edge", "runner"]
 
 _DEVICE_WRITES = ("birth", "enrol", "request", "forward/+", "result", "picture", "spent", "clock", "progress")
 _DEVICE_READS = ("work", "control")
-_RUNNER_READS = ("birth", "enrol", "result", "picture", "planned", "spent", "clock")
+_RUNNER_READS = ("birth", "enrol", "result", "picture", "planned", "spent", "clock", "progress")
 
 
 def device_rights() -> str:
@@ -34,5 +34,6 @@ def more_rights(name: str, role: Role) -> str:
             rules.append(f"topic write semct/+/{name}/planned")
         case "runner":
             rules = [*(f"topic read semct/+/+/{what}" for what in _RUNNER_READS), "topic write semct/+/+/control"]
+            rules.append(f"topic write semct/+/{name}/view/+")
             rules.append(f"topic write semct/+/{name}/view/+")
     return "\n".join(["", f"user {name}", *rules]) + "\n"

@@ -11,11 +11,11 @@ from typing import Literal
 
 import msgspec
 
-from broker.messages import Ask, Birth, Close, Name, Picture, Request, Result, Segment, Watch, Work
+from broker.messages import Ask, Birth, Close, Name, Picture, Ping, Request, Result, Segment, Watch, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
 from node.reporting import Reporter
-from node.serving import Deliveries, deliver, tasks_until_end
+from node.serving import Deliveries, answer, deliver, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
 
@@ -90,6 +90,8 @@ class DeviceNode:
                         self._ask(session, tasks, ask)
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._serve(session, tasks, work, incoming))
+                    case Ping() as ping:
+                        tasks.create_task(answer(session, ping, incoming))
                     case Watch() as order:
                         reporter.watch(order)
                     case Close(round=None, ends=ends):

@@ -12,12 +12,12 @@ from typing import Literal
 
 import msgspec
 
-from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Watch, Work
+from broker.messages import Birth, Close, Ping, Planned, Request, Round, Segment, Stage, Watch, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
 from edge_node.planning import Planner
 from node.reporting import Reporter
-from node.serving import Deliveries, deliver, tasks_until_end
+from node.serving import Deliveries, answer, deliver, tasks_until_end
 from node.settings import NodeSettings
 from node.worker import Worker, received
 from semct import frameworks
@@ -145,6 +145,8 @@ class EdgeNode:
                         self._gather(session, tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
                         tasks.create_task(self._take(session, work, incoming))
+                    case Ping() as ping:
+                        tasks.create_task(answer(session, ping, incoming))
                     case Watch() as order:
                         reporter.watch(order)
                     case Close(round=None, ends=ends):
@@ -179,7 +181,7 @@ class EdgeNode:
             elif birth.name in self._holders:
                 gathering.lost.add(birth.name)
                 gathering.news.set()
-        if birth.state != "ready" or birth.compute is None or birth.name == self._settings.name:
+        if birth.state != "ready" or birth.name == self._settings.name or (birth.models and birth.compute is None):
             return
         self._holders[birth.name] = birth.models
         if self._plans is not None:
@@ -191,9 +193,6 @@ class EdgeNode:
         return self._plans
 
     def _gather(self, session: Session, tasks: asyncio.TaskGroup, request: Request, incoming: Incoming) -> None:
-        if request.reply != incoming.topic.node:
-            _logger.warning("%s asked in the name of %s: ignored", incoming.topic.node, request.reply)
-            return
         gathering = self._gatherings.get(request.round)
         if gathering is None:
             _logger.warning("request %s belongs to no open round (%s): ignored", request.request, request.round)
@@ -295,7 +294,7 @@ class EdgeNode:
                 node=request.reply,
                 to=name,
                 start=request.sent,
-                stop=max(incoming.received, request.sent),
+                stop=incoming.received,
                 size=incoming.size,
             ),
             Stage(name="collect", node=name, start=incoming.received, stop=planning),

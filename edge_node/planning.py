@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
@@ -18,7 +18,7 @@ from semct.planner.learned import Policy
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import Writer
 from semct.quality import QualityModel
-from semct.routes import Plan, Request
+from semct.routes import Plan, Request, Route
 
 
 class NodeLinks(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +54,7 @@ class Planner:
     ) -> None:
         self._edge = edge
         self._nodes = {edge: _state("edge", compute)}
+        self._thin: set[str] = set()
         self._latent_bytes = latent_bytes
         self._links = links
         self._weights = weights
@@ -68,9 +69,14 @@ class Planner:
         self._cache = cache
         self._caches: dict[str, LatentCache] = {}
 
-    def meet(self, name: str, kind: Kind, compute: messages.Compute) -> None:
-        """Learn of a node and how it computes."""
-        self._nodes[name] = _state(kind, compute)
+    def meet(self, name: str, kind: Kind, compute: messages.Compute | None) -> None:
+        """Learn of a node and how it computes; a device that holds no model does not, and the edge does it instead."""
+        if compute is None:
+            self._thin.add(name)
+            self._nodes[name] = msgspec.structs.replace(self._nodes[self._edge], kind=kind)
+        else:
+            self._thin.discard(name)
+            self._nodes[name] = _state(kind, compute)
 
     def cache(self, order: messages.Round) -> LatentCache:
         """The cache of the round's framework: its own, from its first round on or new for each."""
@@ -102,7 +108,7 @@ class Planner:
             small=self._small_model in self._nodes[self._edge].others,
         )
         batch = self._batch(order, asked)
-        plan = frameworks.load(order.framework)(batch)
+        plan = moved(frameworks.load(order.framework)(batch), self._thin, self._edge)
         self._check(plan, batch.requests)
         return plan, {**batch.seconds, "total": time.perf_counter() - start}
 
@@ -151,6 +157,18 @@ class Planner:
         unknown = {node for r in plan.routes for node in r.nodes} - set(self._nodes)
         if unknown:
             raise ValueError(f"its plan leads over {', '.join(sorted(unknown))}, which nobody knows")
+
+
+def moved(plan: Plan, thin: Collection[str], edge: str) -> Plan:
+    """The plan with the edge doing what it gives to nodes that hold no model."""
+    if not any(node in thin for route in plan.routes for node in route.nodes):
+        return plan
+
+    def instead(route: Route) -> Route:
+        segments = (msgspec.structs.replace(s, node=edge) if s.node in thin else s for s in route.segments)
+        return msgspec.structs.replace(route, segments=tuple(segments))
+
+    return msgspec.structs.replace(plan, routes=tuple(instead(route) for route in plan.routes))
 
 
 def _links(now: messages.LinkNow) -> NodeLinks:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from broker.messages import Compute, Spent, Stage
+from experiments.clocks import Offset
 from experiments.judging import Judgement
 from experiments.links import LinkControl
 from experiments.scenario import Scenario
@@ -60,6 +61,7 @@ def node_rows(
     *,
     kinds: Mapping[str, Kind],
     unmetered: Set[str] = frozenset(),
+    clocks: Mapping[str, Offset],
     memory: Mapping[str, float],
     ended: Mapping[str, str],
 ) -> list[NodeRow]:
@@ -81,6 +83,8 @@ def node_rows(
                 overruns=spent.overruns if spent else 0,
                 shortages=spent.shortages if spent else 0,
                 **_cached(spent),
+                clock_ahead_s=clocks[node].ahead if node in clocks else None,
+                clock_uncertainty_s=clocks[node].uncertainty if node in clocks else None,
                 memory_mib=memory.get(node),
                 alive=node not in ended,
             )

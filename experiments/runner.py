@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -14,12 +15,13 @@ from typing import Any
 import msgspec
 
 from broker.address import Address
-from broker.messages import AnyMessage, Ask, Birth, Close, LinkNow, Picture, Planned, Result, Round, Spent
-from broker.session import Session
+from broker.messages import Ask, Birth, Close, LinkNow, Picture, Ping, Planned, Pong, Result, Round, Spent
+from broker.session import Incoming, Session
 from broker.topics import Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments import rows
+from experiments.clocks import PATIENCE, PINGS, Clocks
 from experiments.doors import Doors
 from experiments.judging import Judge, with_difference
 from experiments.links import LinkControl, courses
@@ -68,6 +70,7 @@ class Runner:
         self._show = show
         self.devices = tuple(d.name for d in device_settings(scenario))
         self.nodes = frozenset({EDGE, *(s.name for s in helper_settings(scenario)), *self.devices})
+        self.clocks = Clocks()
         self._births: dict[str, Birth] = {}
         self._served: Served | None = None
         self._news = asyncio.Condition()
@@ -81,7 +84,7 @@ class Runner:
         """Take in what the nodes say."""
         async for incoming in self._session:
             async with self._news:
-                self._take(incoming.message)
+                self._take(incoming)
                 self._news.notify_all()
             self._show.heard(incoming.message)
 
@@ -127,6 +130,16 @@ class Runner:
         self._served = None
         return served
 
+    async def compare_clocks(self) -> None:
+        """Learn how far the nodes' clocks are ahead of this one."""
+        self.clocks.forget()
+        for number in range(1, PINGS + 1):
+            await self._tell(self.nodes - set(self._place.ended), Ping(sent=0.0))
+            await self._wait(functools.partial(self._all_answered, number), PATIENCE)
+
+    def _all_answered(self, times: int) -> bool:
+        return all(self.clocks.answers(node) >= times for node in self.nodes - set(self._place.ended))
+
     async def dismiss(self) -> None:
         """Tell all nodes to leave, and give them a moment to do so."""
         nodes = self.nodes - set(self._place.ended)
@@ -155,7 +168,7 @@ class Runner:
                     prompt=prompt,
                     seed=served.seed,
                     steps=scenario.steps,
-                    deadline=due + scenario.timeout,
+                    deadline=due + scenario.timeout + self.clocks.ahead(served.devices[request]),
                 )
                 tasks.create_task(self._ask_at(due, served.devices[request], ask))
 
@@ -163,10 +176,11 @@ class Runner:
         await asyncio.sleep(max(0.0, due - time.time()))
         await self._session.publish(self._session.topics.inbox(device, "control"), ask)
 
-    async def _tell(self, nodes: Set[str], message: Close) -> None:
+    async def _tell(self, nodes: Set[str], message: Close | Ping) -> None:
         async with asyncio.TaskGroup() as tasks:
             for node in sorted(nodes):
-                tasks.create_task(self._session.publish(self._session.topics.inbox(node, "control"), message))
+                saying = Ping(sent=time.time()) if isinstance(message, Ping) else message
+                tasks.create_task(self._session.publish(self._session.topics.inbox(node, "control"), saying))
 
     async def _wait(self, settled: Callable[[], bool], seconds: float) -> None:
         """Until ``settled`` or out of time; asked at every message, and twice a second for what sends none."""
@@ -179,18 +193,21 @@ class Runner:
                 except TimeoutError:
                     continue
 
-    def _take(self, message: AnyMessage) -> None:
+    def _take(self, incoming: Incoming) -> None:
+        message, author = incoming.message, incoming.topic.node
         if isinstance(message, Birth):
             self._births[message.name] = message
+        if isinstance(message, Pong):
+            self.clocks.heard(message, incoming.received)
         served = self._served
         if served is None or getattr(message, "round", None) != served.round:
             return
         match message:
-            case Planned():
+            case Planned() if author == EDGE:
                 served.planned.append(message)
-            case Result() if message.request in served.prompts:
-                served.results.setdefault(message.request, message)
-            case Picture() if message.request in served.prompts:
+            case Result() if served.devices.get(message.request) == author:
+                served.results.setdefault(message.request, self.clocks.corrected(message))
+            case Picture() if served.devices.get(message.request) == author:
                 served.pictures.setdefault(message.request, message.png)
             case Spent():
                 served.spent[message.node] = message
@@ -278,7 +295,9 @@ async def play(
                 for name in scenario.attached:
                     watcher.note(f"waiting for {name} at {doors.address(name)}")
             folder.update(broker=place.described.broker, link=place.described.links, hosts=place.described.hosts)
-            subscriptions = [Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent")]
+            subscriptions = [
+                Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent", "clock")
+            ]
             async with (
                 Session(place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions) as session,
                 Show(gate, scenario, folder, control, session, settings=link_settings(scenario), beside=beside) as show,
@@ -330,10 +349,9 @@ async def _rounds(
     watcher.note(f"all {len(profiles)} nodes are ready")
     alone = load_quality_model(scenario.planning.quality).quality(1.0, 0.0)
     references = rows.predicted_references(
-        {d: computes[d] for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
+        {d: computes.get(d, computes[EDGE]) for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
     )
     show.rate(lambda found: rows.with_utility(found, weights(scenario), references))
-    kinds = {name: birth.role for name, birth in runner.births.items()}
     settings = link_settings(scenario)
     unanswered: dict[str, str] = {}
     total = scenario.repetitions * len(scenario.frameworks)
@@ -342,12 +360,13 @@ async def _rounds(
         for done, framework in enumerate(scenario.frameworks, repetition * len(scenario.frameworks)):
             watcher.rounds(done, total)
             folder.event("round", framework=framework, repetition=repetition)
+            await runner.compare_clocks()
             async with control.played(courses(settings, scenario.seed + repetition, beside)):
                 applied, before = await control.applied(), await control.counted()
                 served = await runner.serve(framework, repetition, watcher, links=control.told(scenario.radio))
                 share_out(served, computes)
                 found += await _keep(
-                    served, scenario, judge, place, folder, kinds=kinds, unmetered=without_meter(computes)
+                    served, scenario, judge, place, folder, runner=runner, unmetered=without_meter(computes)
                 )
                 for transfer in (transfers := rows.transfer_rows(served, control.during, slowdown=scenario.slowdown)):
                     folder.add(transfer)
@@ -380,10 +399,11 @@ async def _keep(
     place: Place,
     folder: RunFolder,
     *,
-    kinds: Mapping[str, Kind],
+    runner: Runner,
     unmetered: Set[str],
 ) -> list[RequestRow]:
     """Score a round's pictures, and keep all that the round left."""
+    kinds: dict[str, Kind] = {name: birth.role for name, birth in runner.births.items()}
     folder.event("planned", round=served.round, plan=served.plan, seconds=served.seconds)
     shown = sorted(served.answered & set(served.pictures))
     judged = await asyncio.to_thread(judge.judge, {r: served.pictures[r] for r in shown}, served.prompts)
@@ -392,7 +412,15 @@ async def _keep(
     memory = place.memory()
     for row in found:
         folder.add(row)
-    for node in rows.node_rows(served, kinds=kinds, unmetered=unmetered, memory=memory, ended=place.ended):
+    nodes = rows.node_rows(
+        served,
+        kinds=kinds,
+        unmetered=unmetered,
+        clocks=runner.clocks.offsets,
+        memory=memory,
+        ended=place.ended,
+    )
+    for node in nodes:
         folder.add(node)
     told: list[Row] = [
         *rows.stage_rows(served, unmetered=unmetered, slowdown=scenario.slowdown),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
-from broker.messages import AnyMessage, MalformedMessage, Work
-from broker.session import Session, Undelivered
+from broker.messages import AnyMessage, MalformedMessage, Ping, Pong, Work
+from broker.session import Incoming, Session, Undelivered
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,12 @@ async def deliver(session: Session, topic: str, message: AnyMessage) -> None:
         await session.publish(topic, message)
     except (Undelivered, MalformedMessage) as error:
         _logger.warning("a message of type %s is lost: %s", type(message).__name__, error)
+
+
+async def answer(session: Session, ping: Ping, incoming: Incoming) -> None:
+    """Tell the runner what time it is here."""
+    pong = Pong(node=session.name, sent=ping.sent, received=incoming.received, replied=time.time())
+    await deliver(session, session.topics.own(session.name, "clock"), pong)
 
 
 class Deliveries:

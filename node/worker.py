@@ -236,8 +236,9 @@ def received(work: Work, incoming: Incoming, receiver: str) -> Work:
     sender = incoming.topic.node if incoming.topic.to else work.sender
     if sender is None:
         raise ValueError(f"the work of request {work.request} does not say who sent it")
-    stop = max(incoming.received, work.sent)
-    transfer = Stage(name="transfer", node=sender, to=receiver, start=work.sent, stop=stop, size=incoming.size)
+    transfer = Stage(
+        name="transfer", node=sender, to=receiver, start=work.sent, stop=incoming.received, size=incoming.size
+    )
     return msgspec.structs.replace(work, stages=(*work.stages, transfer))
 
 

@@ -97,8 +97,10 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     world; ``energy_j`` what denoising took, null where nothing measures it; ``memory_mib`` the process's private
     memory (USS) in MiB; ``alive`` whether it lived at the end.
     ``shortages`` are denoiser calls for which memory did not suffice, after which calls had half as many rows.
-    ``cache_*`` are the edge's, where the framework caches latents: requests that started from what was there or coming
-    and those that did not, denoising steps that this saved, latents dropped, and the MB that are held at the end.
+    ``clock_ahead_s`` is how far the node's clock was ahead of the runner's, give or take ``clock_uncertainty_s``; all
+    times in the record are the runner's, with what is beyond the uncertainty taken off. ``cache_*`` are the edge's,
+    where the framework caches latents: requests that started from what was there or coming and those that did not,
+    denoising steps that this saved, latents dropped, and the MB that are held at the end.
     """
 
     round: str
@@ -117,6 +119,8 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     cache_steps_saved: int | None = None
     cache_evictions: int | None = None
     cache_mb: float | None = None
+    clock_ahead_s: float | None = None
+    clock_uncertainty_s: float | None = None
     memory_mib: float | None = None
     alive: bool = True
 

@@ -159,7 +159,7 @@ async def test_an_edge_and_the_runner_have_what_they_need_and_no_more(
         TOPICS.forward("other", "edge"),
         TOPICS.inbox("edge", "control"),
     }
-    told = {"birth", "enrol", "result", "picture", "planned", "spent", "clock"}
+    told = {"birth", "enrol", "result", "picture", "planned", "spent", "clock", "progress"}
     assert heard["runner"] == {TOPICS.own("other", w) for w in told} | {  # type: ignore[arg-type]
         TOPICS.inbox("runner", "control")
     }

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from broker.messages import Compute, Planned, Result, Stage
+from experiments.clocks import Offset
 from experiments.judging import Judgement
 from experiments.rows import node_rows, predicted_references, request_rows, with_utility
 from experiments.scenario import Scenario, load_scenario
@@ -157,7 +158,9 @@ def test_without_device_only_the_reference_is_predicted(scenario: Scenario) -> N
 
 
 def test_every_node_has_a_row_and_the_dead_are_marked() -> None:
-    rows = node_rows(served(), kinds=KINDS, memory={"d1": 12.5}, ended={"d2": "was killed"})
+    rows = node_rows(
+        served(), kinds=KINDS, clocks={"d1": Offset(60.0, 0.01)}, memory={"d1": 12.5}, ended={"d2": "was killed"}
+    )
     assert [(r.node, r.role, r.memory_mib, r.alive) for r in rows] == [
         ("edge", "edge", None, True),
         ("far", "cloud", None, True),
