@@ -1,10 +1,11 @@
 # make demo: run the quickstart scenario.  make test: all checks.  make test-kernel: those of links in the kernel, as
-# root where it has netem.  Each does all of its own set-up in .venv.
+# root where it has netem.  make test-browser: those of the live page, with Chromium.  make test-compose: those of
+# containers, with Docker.  Each does all of its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-kernel test-browser clean
+.PHONY: demo test test-kernel test-browser test-compose clean
 
 demo: .venv/ready
 	$(BIN)/semct run experiments/scenarios/quickstart.yaml
@@ -20,6 +21,9 @@ test-kernel: .venv/ready
 
 test-browser: .venv/ready
 	$(BIN)/python -m pytest -m browser tests/browser
+
+test-compose: .venv/ready
+	$(BIN)/python -m pytest -m compose tests/compose
 
 clean:
 	rm -rf .venv

@@ -260,10 +260,10 @@ class LinkControl:
 
     async def _conditions(self, only: str | None) -> tuple[Condition, ...]:
         nodes = [only] if only else list(self._wanted)
-        before, since = self._place.traffic(), time.monotonic()
+        before, since = await self._place.traffic(), time.monotonic()
         pings = await asyncio.gather(*(self._place.round_trip(n, _PEEK) for n in nodes))
         await asyncio.sleep(max(0.0, since + _PEEK - time.monotonic()))
-        after, seconds = self._place.traffic(), time.monotonic() - since
+        after, seconds = await self._place.traffic(), time.monotonic() - since
         found = []
         for node, ping in zip(nodes, pings, strict=True):
             with suppress(AttachError, KeyError):  # its device has just ended

@@ -36,6 +36,7 @@ from experiments.record import RunFolder
 from experiments.scenario import Devices, Edge, Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from netem.choice import choose
+from netem.container_control import LinksClient
 from netem.course import Setting
 from semct import frameworks
 from semct.cache import CacheSettings
@@ -48,6 +49,9 @@ RUNNER = "runner"
 EDGE = "edge"
 CLOUD = "cloud"
 TESTBED = "local"
+
+LINKS_SERVICE = Path("/run/semct/links.sock")
+"""Where the service answers that shapes the links of containers."""
 
 _START = 180.0  # seconds until all nodes must have announced themselves
 _LONGEST_WINDOW = 3600.0  # seconds; what a round's order may ask for
@@ -246,6 +250,9 @@ def compose_place(scenario: Scenario, logs: Path, *, broker: Address) -> Place: 
         helpers=helper_settings(scenario),
         devices=[device for device in devices if device.name not in scenario.attached],
         attached=[device for device in devices if device.name in scenario.attached],
+        links=LinksClient(LINKS_SERVICE) if scenario.shapes_links else None,
+        shaped_by=scenario.links.shaped_by,
+        seed=scenario.seed,
     )
 
 

@@ -44,6 +44,7 @@ from netem.distributions import SCALE, table
 from netem.link import MTU, Duration, FourState, GilbertElliott, Link, LinkState, Probability, Rate
 
 _LINKS: Final = 1024
+_FRAME: Final = 18  # bytes of an Ethernet header with a VLAN's tag, which TAP devices have
 _LARGEST_REQUEST: Final = 2**16
 _NICENESS: Final = -10
 _PR_SET_PDEATHSIG: Final = 1
@@ -75,7 +76,7 @@ class Scheduler:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         tables = np.array([table("normal"), table("pareto")], np.float64) / SCALE
-        self._memory = forwarding.memory(2 * _LINKS, MTU, tables)
+        self._memory = forwarding.memory(2 * _LINKS, MTU + _FRAME, tables)
         self._links: dict[str, _Link] = {}
         self._free = list(range(2 * _LINKS - 2, -2, -2))
 

@@ -54,6 +54,7 @@ _LARGEST_ANSWER: Final = 2**16
 
 _TUNSETIFF: Final = 0x400454CA
 _IFF_TUN: Final = 0x0001
+_IFF_TAP: Final = 0x0002
 _IFF_NO_PI: Final = 0x1000
 
 Expected = TypeVar("Expected", Started, Done, State, Counters)
@@ -139,8 +140,12 @@ class UserspaceLinks:
             # An open device keeps its namespace alive, so the scheduler has to watch the process.
             process = os.pidfd_open(host.pid)
             stack.callback(os.close, process)
-            request = Add(host.name, up_seed=self._derived(host.name, "up"), down_seed=self._derived(host.name, "down"))
-            self._ask(request, Done, [hub, device, process])
+            self.join(host.name, hub, device, process)
+
+    def join(self, name: str, hub: int, device: int, process: int) -> None:
+        """Forward between two open devices until the process of a pidfd ends; the caller may close its own."""
+        request = Add(name, up_seed=self._derived(name, "up"), down_seed=self._derived(name, "down"))
+        self._ask(request, Done, [hub, device, process])
 
     def disconnect(self, host: Host) -> None:
         """Remove both ends; they may be gone already, and so may the scheduler."""
@@ -232,11 +237,16 @@ def try_a_device() -> None:
         raise LinksUnavailable(_explain(error)) from error
 
 
-def _device(name: str) -> int:
-    """A TUN device in the namespace that this thread is in: it exists while the file descriptor is open."""
+def tap(name: str) -> int:
+    """A TAP device, which takes and gives Ethernet frames; see `_device`. Raises ``OSError``."""
+    return _device(name, _IFF_TAP)
+
+
+def _device(name: str, kind: int = _IFF_TUN) -> int:
+    """A device in the namespace that this thread is in: it exists while the file descriptor is open."""
     descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI))
+        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), kind | _IFF_NO_PI))
         with IPRoute() as kernel:
             kernel.link("set", index=socket.if_nametoindex(name), mtu=MTU, txqlen=_BURST)
     except BaseException:

@@ -56,7 +56,7 @@ class Place(Protocol):
         """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
         ...
 
-    def traffic(self) -> Mapping[str, Traffic]:
+    async def traffic(self) -> Mapping[str, Traffic]:
         """The bytes that have passed each node's link so far."""
         ...
 

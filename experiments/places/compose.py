@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, NoReturn, Self
 
 from broker.address import Address
@@ -15,6 +15,8 @@ from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments.enrolment import Enrolment
 from experiments.places import Placed, PlaceFailed
+from netem.choice import Wanted
+from netem.container_control import LinksClient, LinksRefused
 from netem.control import Counters
 from netem.hosts import AttachError
 from netem.link import Link
@@ -38,6 +40,9 @@ class ComposePlace:
         helpers: Sequence[EdgeSettings],
         devices: Sequence[DeviceSettings],
         attached: Sequence[DeviceSettings] = (),
+        links: LinksClient | None = None,
+        shaped_by: Wanted = "auto",
+        seed: int = 0,
     ) -> None:
         self.host, self.port = address.host, address.port
         self._fixed = frozenset(node.name for node in (edge, *helpers))
@@ -47,6 +52,10 @@ class ComposePlace:
         self._observer = Session(
             self.host, self.port, testbed=testbed, name=_OBSERVER, subscriptions=[Topics(testbed).every("birth")]
         )
+        self._links = links
+        self._wish = shaped_by, seed
+        self._shaped_by = "unshaped"
+        self._wanted: dict[str, Link] = {}
         self._births: dict[str, Birth] = {}
         self._stack = AsyncExitStack()
         self.ended: dict[str, str] = {}
@@ -55,10 +64,13 @@ class ComposePlace:
         """Begin to hand out places; raises ``PlaceFailed`` when no broker answers."""
         try:
             async with AsyncExitStack() as stack:
+                if self._links is not None:
+                    stack.push_async_callback(self._links.close)
+                    self._shaped_by = await self._links.open(*self._wish)
                 await stack.enter_async_context(self._observer)
                 await stack.enter_async_context(self._enrolment)
                 self._stack = stack.pop_all()
-        except (BrokerRefused, BrokerUnreachable) as error:
+        except (BrokerRefused, BrokerUnreachable, LinksRefused) as error:
             raise PlaceFailed(str(error)) from error
         return self
 
@@ -68,27 +80,49 @@ class ComposePlace:
     @property
     def described(self) -> Placed:
         """What runs here."""
-        return Placed(broker="mosquitto", links="unshaped", hosts="containers")
+        return Placed(broker="mosquitto", links=self._shaped_by, hosts="containers")
 
     async def shape(self, node: str, link: Link) -> None:
         """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
-        if link != Link():
+        self._wanted[node] = link
+        if self._links is not None:
+            async with _reachable(node):
+                await self._links.shape(self._container(node), link)
+        elif link != Link():
             raise AttachError(f"the link of {node} is unshaped, it cannot be {link}")
 
-    async def read(self, node: str) -> Link:  # noqa: ARG002
+    async def read(self, node: str) -> Link:
         """The state of a node's link, read back from what shapes it; raises ``AttachError``."""
-        return Link()
+        if self._links is None:
+            return Link()
+        async with _reachable(node):
+            return await self._links.read(self._container(node))
 
-    async def counters(self, node: str) -> Counters | None:  # noqa: ARG002
+    async def counters(self, node: str) -> Counters | None:
         """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
-        return None
+        if self._links is None:
+            return None
+        async with _reachable(node):
+            return await self._links.counters(self._container(node))
 
-    def traffic(self) -> dict[str, Traffic]:
+    async def traffic(self) -> dict[str, Traffic]:
         """The bytes that have passed each node's link so far."""
-        return {}
+        found: dict[str, Traffic] = {}
+        if self._links is None:
+            return found
+        for node in self._wanted:
+            with suppress(AttachError):  # its container has ended
+                async with _reachable(node):
+                    found[node] = await self._links.traffic(self._container(node))
+        return found
 
-    async def round_trip(self, node: str, patience: float) -> float | None:  # noqa: ARG002
+    async def round_trip(self, node: str, patience: float) -> float | None:
         """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
+        if self._links is None:
+            return None
+        with suppress(AttachError):
+            async with _reachable(node):
+                return await self._links.round_trip(self._container(node), patience)
         return None
 
     def memory(self) -> dict[str, float]:
@@ -106,16 +140,33 @@ class ComposePlace:
         async for incoming in self._observer:
             match incoming.message:
                 case Birth() as birth:
-                    self._note(birth)
+                    await self._note(birth)
         raise AssertionError("a session does not end by itself")
 
-    def _note(self, birth: Birth) -> None:
+    async def _note(self, birth: Birth) -> None:
         before = self._births.get(birth.name)
         if birth.state == "ready":
             self._births[birth.name] = birth
             self.ended.pop(birth.name, None)
+            if before is not None and birth.name in self._wanted:  # in another container, or one that was started again
+                await self.shape(birth.name, self._wanted[birth.name])
         elif birth.state == "lost" and before is not None and before.host == birth.host:
             said = f"the container {birth.host} of {birth.name} has ended, or is cut off"
             if birth.name in self._fixed:
                 raise PlaceFailed(said)
             self.ended[birth.name] = said
+
+    def _container(self, node: str) -> str:
+        birth = self._births.get(node)
+        if birth is None:
+            raise AttachError(f"{node} is not there yet")
+        return birth.host
+
+
+@asynccontextmanager
+async def _reachable(node: str) -> AsyncIterator[None]:
+    """What the links service refuses is an ``AttachError``."""
+    try:
+        yield
+    except LinksRefused as error:
+        raise AttachError(f"the link of {node} cannot be shaped: {error}") from error

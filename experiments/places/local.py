@@ -134,7 +134,7 @@ class LocalPlace:
         """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
         return await self._hub.counters(node)
 
-    def traffic(self) -> dict[str, Traffic]:
+    async def traffic(self) -> dict[str, Traffic]:
         """The bytes that have passed each node's link so far."""
         found = {}
         for host in self._hub.hosts:

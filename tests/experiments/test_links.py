@@ -44,7 +44,7 @@ class Field:
 
     async def counters(self, node: str) -> None: ...
 
-    def traffic(self) -> Mapping[str, Traffic]:
+    async def traffic(self) -> Mapping[str, Traffic]:
         now = int(1000 * time.monotonic())
         return {node: Traffic(up=now, down=2 * now) for node in self.links}
 

@@ -1,0 +1,81 @@
+"""The testbed in real containers: the image is built, the scenario runs, and the record is that of a local run."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from semct.runs import Run, load_run
+
+pytestmark = pytest.mark.compose
+
+ROOT = Path(__file__).parents[2]
+SCENARIO = "tests/compose/links.yaml"
+ENVIRONMENT = {**os.environ, "SCENARIO": SCENARIO, "DEVICES": "2", "HF_HUB_OFFLINE": "1"}
+
+
+def compose(*words: str) -> subprocess.CompletedProcess[str]:
+    command = ["docker", "compose", *words]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False)
+
+
+def up() -> tuple[Run, str]:
+    before = set((ROOT / "runs").iterdir())
+    done = compose("up", "--exit-code-from", "experiment", "--no-color")
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    made = set((ROOT / "runs").iterdir()) - before
+    assert done.returncode == 0, said
+    assert len(made) == 1
+    return load_run(made.pop()), said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def image() -> Iterator[None]:
+    built = compose("build", "-q", "experiment")
+    assert built.returncode == 0, built.stderr[-3000:]
+    yield
+    compose("down", "--volumes", "--timeout", "1")
+
+
+def test_a_scenario_runs_in_containers_and_gives_the_pictures_and_plans_of_a_local_run(tmp_path: Path) -> None:
+    run, _ = up()
+    assert run.info.status == "finished"
+    assert run.info.hosts == "containers"
+    assert run.info.link in {"netem", "userspace"}
+    assert set(run.requests["outcome"]) == {"answered"}
+    assert run.path.stat().st_uid == (ROOT / "runs").stat().st_uid
+    command = [sys.executable, "-m", "experiments", "run", SCENARIO, "--runs", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    local = load_run(next(tmp_path.iterdir()))
+    steps = ["framework", "request", "shared_steps", "edge_steps", "device_steps", "image"]
+    ours, theirs = (r.requests.select(steps).sort(steps) for r in (run, local))
+    assert ours.equals(theirs)
+    for image in ours["image"]:
+        assert (run.path / image).read_bytes() == (local.path / image).read_bytes(), image
+
+
+def test_a_second_up_works_after_all_was_killed() -> None:
+    failures: list[BaseException] = []
+
+    def first() -> None:
+        try:
+            compose("up", "--no-color")
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    deadline = time.monotonic() + 120
+    while "is veth" not in compose("logs", "links").stdout:  # a link is shaped
+        assert time.monotonic() < deadline, "no link was ever shaped"
+        time.sleep(0.5)
+    assert compose("kill").returncode == 0
+    thread.join(60)
+    assert not failures
+    run, _ = up()
+    assert run.info.status == "finished"
