@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from broker.messages import Pong, Result, Stage
+from broker.messages import Pong, Result, Spent, Stage
 
 PINGS = 5
 """How often a node is asked before each round."""
@@ -69,6 +69,15 @@ class Clocks:
         """What a node's times are corrected by."""
         offset = self._offsets.get(node)
         return 0.0 if offset is None else offset.applied
+
+    def on_runners_clock(self, spent: Spent) -> Spent:
+        """A report with the times of its calls by the runner's clock."""
+        ahead = self.ahead(spent.node)
+        calls = (
+            msgspec.structs.replace(call, start=max(0.0, call.start - ahead), stop=max(0.0, call.stop - ahead))
+            for call in spent.calls
+        )
+        return msgspec.structs.replace(spent, calls=tuple(calls)) if ahead else spent
 
     def corrected(self, result: Result) -> Result:
         """A result with all its times by the runner's clock; no stretch of time is negative."""

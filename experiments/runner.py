@@ -214,7 +214,7 @@ class Runner:
             case Picture() if served.devices.get(message.request) == author:
                 served.pictures.setdefault(message.request, message.png)
             case Spent():
-                served.spent[message.node] = message
+                served.spent[message.node] = self.clocks.on_runners_clock(message)
 
 
 def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doors | None = None) -> Place:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Pong, Result, Stage
+from broker.messages import Call, Pong, Result, Spent, Stage
 from experiments.clocks import Clocks
 
 aheads = st.floats(-1e6, 1e6)
@@ -58,5 +58,10 @@ def test_times_of_a_result_become_the_runners() -> None:
     assert [round(s.start, 3) for s in right.stages] == [1000.0, 1001.0, 1003.0, 1003.5]
     assert [round(s.stop, 3) for s in right.stages] == [1000.5, 1003.0, 1003.25, 1004.0]
     assert (round(right.asked, 3), round(right.finished, 3)) == (999.0, 1004.0)
+    call = Call(model="embedded", start=1063.0, stop=1063.5, steps=(1,))
+    spent = Spent(
+        round="r", node="phone", denoiser_calls=1, rows=1, flops=0.0, busy=0.5, joules=0.0, overruns=0, calls=(call,)
+    )
+    assert [round(c.start, 3) for c in clocks.on_runners_clock(spent).calls] == [1003.0]
     clocks.forget()
     assert clocks.corrected(result).stages[1] == stages[1]
