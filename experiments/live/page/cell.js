@@ -169,8 +169,8 @@ function drawRings(far, metre) {
     () => draw("g", {}, draw("circle.ring"), draw("text")),
     (group, metres) => {
       mark(group.children[0], "r", (metres * metre).toFixed(1));
-      mark(group.children[1], "x", 4);
-      mark(group.children[1], "y", (-metres * metre - 3).toFixed(1));
+      mark(group.children[1], "x", (Math.cos(CIRCLE / 14) * metres * metre + 4).toFixed(1));
+      mark(group.children[1], "y", (Math.sin(CIRCLE / 14) * metres * metre + 4).toFixed(1));
       write(group.children[1], `${metres} m`);
     },
   );

@@ -10,7 +10,7 @@ export function whereabouts(request, progress, steps) {
     return { done: 0, says: request.asks > Date.now() / 1000 ? "not yet asked" : "waits for the plan" };
   }
   const done = progress?.steps ?? request.segments[0].start;
-  if (done >= steps) return { done, says: `${done} of ${steps}, then decoding` };
+  if (done >= steps) return { done, says: "all steps done" };
   const next = request.segments.find((segment) => segment.stop > done);
   if (progress && next.node !== progress.node) return { done, says: `on its way to ${next.node}`, to: next.node };
   if (!done) return { done, says: `waits at ${next.node}` };
