@@ -54,6 +54,8 @@ _ENVIRONMENT: Final = {
     "PYTHONUNBUFFERED": "1",
 }
 
+_FORKED_WELL: Final = {"jemalloc_bg_thd"}  # pyarrow's; jemalloc makes its thread anew in a child
+
 
 class ForkServerError(Exception):
     """The fork server could not warm up, could not fork a child, or ended by itself."""
@@ -305,9 +307,10 @@ class _Server:
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
-        if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
+        threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        if others := sorted(name for name in threads[1:] if name not in _FORKED_WELL):
             known = ", ".join(thread.name for thread in threading.enumerate())
-            return f"it leaves {threads} threads where a fork needs one (Python knows {known})"
+            return f"it leaves threads where a fork needs one alone: {', '.join(others)} (Python knows {known})"
         self._own_network = command.own_network
         gc.collect()
         gc.freeze()  # a collection in a child would touch, and so copy, every page of objects

@@ -9,21 +9,36 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, cast
 
 import msgspec
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_log
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.routes import Prompt
+
+
+@contextmanager
+def _no_gpu_asked_for() -> Iterator[None]:
+    """Whoever asks torch for GPUs starts CUDA, and a process that did so cannot fork children that use one."""
+    asked = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = asked
+
+
+with _no_gpu_asked_for():  # diffusers does when it is imported
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers.utils import logging as diffusers_log
 
 EMBEDDED = "embedded"
 """The name of the small model that comes with the package."""
@@ -137,6 +152,11 @@ class Denoiser:
 
         Raises ``ModelNotFound``, in one sentence, where there is no such model.
         """
+        with _no_gpu_asked_for() if device == "cpu" else nullcontext():
+            return cls._load(model, device, dtype)
+
+    @classmethod
+    def _load(cls, model: str, device: str, dtype: torch.dtype) -> Self:
         source = str(ASSETS / model) if model in {EMBEDDED, EMBEDDED_SMALL} else model
         parts = Path(source) / "parts.json"
         own: dict[str, Any] = {}

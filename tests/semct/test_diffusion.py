@@ -1,5 +1,7 @@
 """The denoiser: splits are exact, rows are independent, and loading is one call."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,19 @@ def test_a_blend_is_conditioned_on_the_mean_of_its_prompts(tiny: Denoiser) -> No
     (blended,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, [("a cat", "a cat")])
     (alone,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, ["a cat"])
     torch.testing.assert_close(blended, alone)
+
+
+def test_a_model_for_the_processor_is_loaded_without_asking_for_gpus() -> None:
+    """On a machine with GPUs the question starts CUDA, and the fork server could not fork any more."""
+    check = (
+        "import torch;"
+        "asked = [];"
+        "torch.cuda.is_available = lambda: asked.append(1) or False;"
+        "torch.accelerator.is_available = lambda: torch.cuda.is_available();"  # as CUDA builds do
+        "from semct.diffusion import Denoiser;"
+        "denoiser = Denoiser.load('embedded');"
+        "denoiser.run([denoiser.noise(0)], 0, 1, 1, ['a cat']);"
+        "print(len(asked), torch.cuda.is_available(), len(asked))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "False", "1"], done.stderr
