@@ -20,14 +20,15 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, NoReturn, Self, cast
+from typing import Any, Literal, NoReturn, Self, cast
 
 import aiomqtt
 import msgspec
 from aiomqtt.exceptions import MqttConnectError
+from paho.mqtt import client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
 from broker.credentials import Credentials
@@ -309,6 +310,7 @@ class Session:
             socket_options=((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),),
         )
         client._client.manual_ack_set(True)
+        client._client.on_socket_register_write = _writing(client)
         await self._open(client)
         try:
             if self._subscriptions:
@@ -389,3 +391,27 @@ class Session:
                 self.dropped[reason],
                 detail[:200],
             )
+
+
+def _writing(client: aiomqtt.Client) -> Callable[[paho.Client, Any, Any], None]:
+    """What aiomqtt does when paho has something to write, but not for a socket that was closed in the meantime.
+
+    It would raise in the event loop, or write to whoever got the same file descriptor.
+    """
+    loop = asyncio.get_running_loop()
+
+    def write() -> None:
+        try:
+            client._client.loop_write()
+        except Exception as error:
+            if not client._disconnected.done():
+                client._disconnected.set_exception(error)
+
+    def register(_: paho.Client, __: Any, sock: Any) -> None:
+        def add() -> None:
+            if sock.fileno() >= 0:
+                loop.add_writer(sock.fileno(), write)
+
+        loop.call_soon_threadsafe(add)  # paho may be in another thread while it connects
+
+    return register

@@ -225,6 +225,8 @@ class DeviceNode:
             return False
         finished = time.time()
         wish = self._wishes.pop(work.request, None)
+        if wish is not None and wish.waiting is not None and wish.waiting is not asyncio.current_task():
+            wish.waiting.cancel()
         # A device that came back does not know when its user asked; the stages of the way say when it sent that on.
         asked = wish.asked if wish else min((s.start for s in work.stages), default=finished)
         result = Result(

@@ -97,6 +97,7 @@ class LinkControl:
         self._slowdown = slowdown
         self._journal = journal
         self._by_hand: dict[str, Set] = {}
+        self._broken: dict[str, StateChange] = {}
         self._wanted: dict[str, Link] = {}
         self._history: dict[str, list[tuple[float, Link]]] = {}
         self._following: dict[str, asyncio.Task[None]] = {}
@@ -204,6 +205,19 @@ class LinkControl:
         except AttachError as error:  # its device has ended, as the place tells the runner
             self._journal("link", node=node, error=str(error))
 
+    async def break_link(self, node: str, change: StateChange | None) -> None:
+        """Change a node's link in both directions, whatever else is wanted of it; none: no longer."""
+        if change is None:
+            self._broken.pop(node, None)
+        else:
+            self._broken[node] = change
+        await self._shape(node)
+
+    async def renew(self, node: str) -> None:
+        """Shape the link of a node that was started anew; a node that has none has none now, either."""
+        if node in self._wanted:
+            await self._shape(node)
+
     async def _want(self, node: str, link: Link) -> None:
         self._wanted[node] = link
         await self._shape(node)
@@ -216,6 +230,8 @@ class LinkControl:
                 up=hand.up.apply(link.up) if hand.up else link.up,
                 down=hand.down.apply(link.down) if hand.down else link.down,
             )
+        if broken := self._broken.get(node):
+            link = Link(up=broken.apply(link.up), down=broken.apply(link.down))
         try:
             await self._place.shape(node, link.slowed(self._slowdown))
         except AttachError:

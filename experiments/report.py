@@ -264,6 +264,12 @@ def _warnings(run: Run) -> Iterator[str]:
             f"{overruns} calls took longer than the hardware they emulate{f' ({where})' if where else ''}, "
             "so emulated times are not right. Raise the scenario's slowdown and run again."
         )
+    broken = run.faults.filter(pl.col("began").is_not_null())
+    if broken.height:
+        counts = broken.group_by("what", maintain_order=True).len().sort("len", descending=True)
+        kinds = ", ".join(f"{what} {count}" for what, count in counts.iter_rows())
+        nodes = ", ".join(broken["node"].unique().sort())
+        yield f"{broken.height} faults were part of this experiment ({kinds}), on {nodes}."
     for outcome, happened in (("failed", "failed"), ("degraded", "were done by the device alone")):
         some = run.requests.filter(pl.col("outcome") == outcome)
         if some.height:

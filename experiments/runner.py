@@ -21,6 +21,7 @@ from broker.topics import Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 from experiments import rows
+from experiments.breaking import Breaker
 from experiments.clocks import PATIENCE, PINGS, Clocks
 from experiments.doors import Doors
 from experiments.judging import Judge, with_difference
@@ -38,6 +39,7 @@ from experiments.served import Served
 from netem.choice import choose
 from netem.container_control import LinksClient
 from netem.course import Setting
+from node.serving import tasks_until_end
 from semct import frameworks
 from semct.cache import CacheSettings
 from semct.compute import check_names
@@ -55,6 +57,7 @@ LINKS_SERVICE = Path("/run/semct/links.sock")
 
 _START = 180.0  # seconds until all nodes must have announced themselves
 _LONGEST_WINDOW = 3600.0  # seconds; what a round's order may ask for
+_GRACE = 2.0  # seconds after the deadline for what devices have to say of it
 _AFTERMATH = 10.0  # seconds for pictures after the last result, and for the nodes' reports
 _FAREWELL = 5.0  # seconds for the nodes to leave by themselves
 
@@ -66,17 +69,29 @@ class RunFailed(RuntimeError):
 class Runner:
     """Plays a scenario's rounds on a testbed that is up. ``listen`` must run beside its users."""
 
-    def __init__(self, scenario: Scenario, prompts: Sequence[str], session: Session, place: Place, show: Show) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        prompts: Sequence[str],
+        session: Session,
+        place: Place,
+        *,
+        breaker: Breaker,
+        show: Show,
+    ) -> None:
         self._scenario = scenario
         self._prompts = prompts
         self._session = session
         self._place = place
+        self._breaker = breaker
         self._show = show
         self.devices = tuple(d.name for d in device_settings(scenario))
         self.nodes = frozenset({EDGE, *(s.name for s in helper_settings(scenario)), *self.devices})
         self.clocks = Clocks()
         self._births: dict[str, Birth] = {}
         self._served: Served | None = None
+        self._asked: dict[str, tuple[Ask, float]] = {}
+        self._forgot: set[str] = set()
         self._news = asyncio.Condition()
 
     @property
@@ -118,16 +133,30 @@ class Runner:
             devices=devices,
         )
         self._show.began(served)
-        await self._ask(served, links)
+        order = Round(
+            round=name,
+            framework=framework,
+            seed=served.seed,
+            requests=max(1, len(set(self.devices) - set(self._place.ended))),
+            window=min(scenario.window * scenario.slowdown, _LONGEST_WINDOW),
+            links=dict(links),
+        )
 
         def settled() -> bool:
             watcher.answered(framework, len(served.results), len(devices))
-            return all(r in served.results or d in self._place.ended for r, d in devices.items())
+            gone = set(self._place.ended) - self._breaker.returning
+            return all(r in served.results or d in gone for r, d in devices.items())
 
-        await self._wait(settled, scenario.timeout)
-        await self._wait(lambda: served.answered <= set(served.pictures), _AFTERMATH)
+        faults = scenario.faults.drawn(scenario.nodes, scenario.seed, repetition)
+        async with self._breaker.played(faults, round_id=name, framework=framework), tasks_until_end() as tasks:
+            tasks.create_task(self._remind(order))
+            await self._ask(served, order)
+            await self._wait(settled, scenario.timeout + _GRACE)
+            await self._wait(lambda: served.answered <= set(served.pictures), _AFTERMATH)
+            gone = dict(self._place.ended)
+        await self._mended()
         late = f"no answer within {scenario.timeout:g} s"
-        served.reasons = {r: self._place.ended.get(d, late) for r, d in devices.items() if r not in served.results}
+        served.reasons = {r: gone.get(d, late) for r, d in devices.items() if r not in served.results}
         nodes = self.nodes - set(self._place.ended)
         await self._tell(nodes, Close(round=name))
         await self._wait(lambda: nodes - set(self._place.ended) <= set(served.spent), _AFTERMATH)
@@ -150,21 +179,29 @@ class Runner:
         await self._tell(nodes, Close())
         await self._wait(lambda: all(self._births[n].state != "ready" for n in nodes), _FAREWELL)
 
-    async def _ask(self, served: Served, links: Mapping[str, LinkNow]) -> None:
-        scenario, topics = self._scenario, self._session.topics
-        order = Round(
-            round=served.round,
-            framework=served.framework,
-            seed=served.seed,
-            requests=len(served.prompts),
-            window=min(scenario.window * scenario.slowdown, _LONGEST_WINDOW),
-            links=dict(links),
-        )
-        await self._session.publish(topics.inbox(EDGE, "control"), order)
+    async def _mended(self) -> None:
+        """Wait until all nodes that faults had hit are there again; raises ``RunFailed``."""
+
+        def missing() -> list[str]:
+            back = {n for n, b in self._births.items() if b.started >= self._breaker.restarted.get(n, 0.0)}
+            ready = {n for n in back if self._births[n].state == "ready"}
+            return sorted(set(self._breaker.restarted) - ready - set(self._place.ended))
+
+        await self._wait(lambda: not missing(), _START)
+        if missing():
+            raise RunFailed(f"{', '.join(missing())} did not come back within {_START:g} s after a fault")
+
+    async def _ask(self, served: Served, order: Round) -> None:
+        scenario = self._scenario
+        self._asked.clear()
+        self._forgot.clear()
+        await self._session.publish(self._session.topics.inbox(EDGE, "control"), order)
         began = time.time()
         times = arrival_times(scenario, served.repetition)
         async with asyncio.TaskGroup() as tasks:
             for (request, prompt), at in zip(served.prompts.items(), times, strict=True):
+                if served.devices[request] in self._place.ended:
+                    continue
                 due = began + at * scenario.slowdown
                 ask = Ask(
                     round=served.round,
@@ -173,12 +210,34 @@ class Runner:
                     seed=served.seed,
                     steps=scenario.steps,
                     deadline=due + scenario.timeout + self.clocks.ahead(served.devices[request]),
+                    patience=scenario.patience,
                 )
                 tasks.create_task(self._ask_at(due, served.devices[request], ask))
 
     async def _ask_at(self, due: float, device: str, ask: Ask) -> None:
         await asyncio.sleep(max(0.0, due - time.time()))
+        self._asked[device] = ask, time.time()
         await self._session.publish(self._session.topics.inbox(device, "control"), ask)
+
+    async def _remind(self, order: Round) -> None:
+        """Say again what nodes that were started anew have forgotten, as long as the round goes on.
+
+        What a device knew is its user's wish; what the edge knew is the round and all requests in it, and what another
+        node knew is some of them.
+        """
+        while True:
+            async with self._news:
+                await self._news.wait_for(lambda: self._forgot)
+                forgot, self._forgot = self._forgot, set()
+            if EDGE in forgot:
+                await self._session.publish(self._session.topics.inbox(EDGE, "control"), order)
+            served = self._served
+            for device, (ask, at) in list(self._asked.items()):
+                answered = served is None or ask.request in served.results
+                if not answered and (device in forgot or forgot - set(self.devices)):
+                    again = msgspec.structs.replace(ask, attempt=ask.attempt + 1, waited=time.time() - at)
+                    self._asked[device] = again, at
+                    await self._session.publish(self._session.topics.inbox(device, "control"), again)
 
     async def _tell(self, nodes: Set[str], message: Close | Ping) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -199,8 +258,11 @@ class Runner:
 
     def _take(self, incoming: Incoming) -> None:
         message, author = incoming.message, incoming.topic.node
-        if isinstance(message, Birth):
-            self._births[message.name] = message
+        if isinstance(message, Birth) and message.name == author:
+            before = self._births.get(author)
+            self._births[author] = message
+            if before is not None and before.started != message.started:
+                self._forgot.add(author)
         if isinstance(message, Pong):
             self.clocks.heard(message, incoming.received)
         served = self._served
@@ -213,7 +275,7 @@ class Runner:
                 served.results.setdefault(message.request, self.clocks.corrected(message))
             case Picture() if served.devices.get(message.request) == author:
                 served.pictures.setdefault(message.request, message.png)
-            case Spent():
+            case Spent() if message.node == author:
                 served.spent[message.node] = self.clocks.on_runners_clock(message)
 
 
@@ -269,8 +331,8 @@ async def play(
     """Run a scenario in a place, made for the scenario and a folder for logs, into a run folder.
 
     ``beside`` is the folder of the scenario file; viewers come in by the ``gate``, attached devices by the ``doors``.
-    Whatever goes wrong, the record is kept: raises ``RunFailed`` where requests went unanswered, and what the scenario,
-    the place and the models raise.
+    Whatever goes wrong, the record is kept: raises ``RunFailed`` where requests failed though the scenario has no
+    faults, and what the scenario, the place and the models raise.
     """
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
     with folder:
@@ -305,12 +367,25 @@ async def play(
             subscriptions = [
                 Topics(TESTBED).every(w) for w in ("birth", "result", "picture", "planned", "spent", "clock")
             ]
+            breaker = Breaker(
+                place, control, scenario.faults, slowdown=scenario.slowdown, keep=folder.add, journal=folder.event
+            )
             async with (
                 Session(place.host, place.port, testbed=TESTBED, name=RUNNER, subscriptions=subscriptions) as session,
                 Show(gate, scenario, folder, control, session, settings=link_settings(scenario), beside=beside) as show,
             ):
-                runner = Runner(scenario, prompts, session, place, show)
-                rounds = _rounds(scenario, runner, place, control, show, beside=beside, folder=folder, watcher=watcher)
+                runner = Runner(scenario, prompts, session, place, breaker=breaker, show=show)
+                rounds = _rounds(
+                    scenario,
+                    runner,
+                    place,
+                    control,
+                    breaker=breaker,
+                    show=show,
+                    beside=beside,
+                    folder=folder,
+                    watcher=watcher,
+                )
                 await _beside(rounds, runner.listen(), place.watch())
 
 
@@ -341,8 +416,9 @@ async def _rounds(
     runner: Runner,
     place: Place,
     control: LinkControl,
-    show: Show,
     *,
+    breaker: Breaker,
+    show: Show,
     beside: Path,
     folder: RunFolder,
     watcher: Watcher,
@@ -384,7 +460,8 @@ async def _rounds(
                     transfers,
                     shaped_by=place.described.links,
                     applied=applied,
-                    counted={node: (before[node], after[node]) for node in before.keys() & after.keys()},
+                    # Who was started anew has a new link that counts from 0.
+                    counted={n: (before[n], after[n]) for n in before.keys() & after.keys() - breaker.restarted.keys()},
                 ):
                     folder.add(link)
             unanswered |= served.unanswered
@@ -394,7 +471,7 @@ async def _rounds(
             folder.add(row)
     watcher.rounds(total, total)
     await runner.dismiss()
-    if unanswered:
+    if unanswered and not scenario.faults:
         request, reason = next(iter(unanswered.items()))
         raise RunFailed(f"{len(unanswered)} requests have no picture, the first is {request}: {reason}")
 

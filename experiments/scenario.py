@@ -13,6 +13,7 @@ import yaml
 from msgspec import Meta
 
 from broker.messages import Name
+from experiments.faults import Faults
 from netem.course import Setting
 from netem.link import BadLink, decode_quantity, encode_quantity, quantity_schema
 from node.settings import TorchDevice
@@ -157,8 +158,9 @@ class Scenario(Part, frozen=True, kw_only=True):
     emulated nodes show for the two. ``edge`` plans, ``edges`` are others beside it. ``arrivals`` say when users ask:
     all at once, at random, or each at a time of its own in seconds, device by device. ``steps`` is T; ``scorer``
     judges the pictures against their prompts, ``objective_scorer`` (a CLIP model, none by default) by themselves;
-    ``timeout`` are the seconds that a request has until its deadline, ``window``
-    those for which the edge collects a batch; ``slowdown`` stretches emulated time, and is divided out of the record.
+    ``timeout`` are the seconds that a request has until its deadline, ``window`` those for which the edge collects a
+    batch, ``patience`` those that a device waits for the edge before it does it alone (by default as long as the
+    deadline allows); ``slowdown`` stretches emulated time, and is divided out of the record. ``faults`` break things.
     """
 
     name: Name
@@ -188,6 +190,8 @@ class Scenario(Part, frozen=True, kw_only=True):
     slowdown: Annotated[float, Meta(ge=1)] = 1.0
     window: Positive = 5.0
     timeout: Positive = 120.0
+    patience: Positive | None = None
+    faults: Faults = Faults()
 
     @property
     def users(self) -> int:
@@ -200,10 +204,21 @@ class Scenario(Part, frozen=True, kw_only=True):
         return tuple(group.attached for group in self.devices if group.attached is not None)
 
     @property
+    def nodes(self) -> dict[str, bool]:
+        """The names of the testbed's own nodes, and whether each has a link: the edge that plans stands at the hub."""
+        edges = 1 + sum(group.count for group in self.edges)
+        groups = [group for group in self.devices for _ in range(group.count)]
+        devices = {f"device-{n}": True for n, group in enumerate(groups, 1) if group.attached is None}
+        return {"edge": False, **{f"edge-{n}": True for n in range(2, edges + 1)}, **devices} | (
+            {"cloud": True} if self.cloud else {}
+        )
+
+    @property
     def shapes_links(self) -> bool:
         """Whether it says anything of links."""
         groups = (*(g.links for g in self.devices), *(e.links for e in self.edges), self.cloud and self.cloud.links)
-        return self.links != DeviceLinks() or any(setting not in {None, Setting()} for setting in groups)
+        said = self.links != DeviceLinks() or self.faults.on_links
+        return said or any(setting not in {None, Setting()} for setting in groups)
 
 
 class PromptGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,6 +256,10 @@ def load_scenario(path: Path) -> Scenario:
         raise BadScenario(f"{path}: `arrivals` must give each of {scenario.users} devices a time, it gives {times}")
     if scenario.small_model == scenario.model:
         raise BadScenario(f"{path}: `small_model` must be another model than `model`, both are {scenario.model!r}")
+    if scenario.faults.on_links and scenario.links.shaped_by == "none":
+        raise BadScenario(f"{path}: faults on links need links that are shaped, `links.shaped_by` is none")
+    if wrong := scenario.faults.problem(scenario.nodes):
+        raise BadScenario(f"{path}, at `faults`: {wrong}")
     twice = {f for f in scenario.frameworks if scenario.frameworks.count(f) > 1}
     if twice:
         raise BadScenario(f"{path}: framework {twice.pop()!r} stands twice under `frameworks`")

@@ -36,6 +36,12 @@ class Loopback:
             raise AttachError(f"a device named {name!r} is attached already")
         self._names.add(name)
 
+    async def detach(self, name: str) -> None:
+        """Its name is free again. Raises `AttachError` when nobody has it."""
+        if name not in self._names:
+            raise AttachError(f"no device named {name!r} is attached")
+        self._names.discard(name)
+
     async def shape(self, name: str, link: Link) -> None:
         """Only the state that lets everything pass. Raises `AttachError` for any other."""
         if link != Link():

@@ -183,6 +183,27 @@ class TransferRow(msgspec.Struct, frozen=True, kw_only=True):
     delay_s: float | None = None
 
 
+class FaultRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault of a round: what the scenario had happen to ``node`` (a node or ``broker``).
+
+    ``at_s`` and ``lasts_s`` are as the scenario has them, seconds after the round began and of the emulated world
+    (null: to the end of the round); ``began`` and ``ended`` when it really happened (wall clock, epoch), null where it
+    did not: ``note`` says why. ``loss`` is the part of packets that a lossy link lost.
+    """
+
+    round: str
+    framework: str
+    fault: int
+    what: str
+    node: str
+    at_s: float
+    lasts_s: float | None = None
+    loss: float | None = None
+    began: float | None = None
+    ended: float | None = None
+    note: str = ""
+
+
 class StageRow(msgspec.Struct, frozen=True, kw_only=True):
     """One stretch of a request's time on one node: what ``name`` says, from ``start`` to ``stop`` (wall clock, epoch).
 
@@ -242,7 +263,7 @@ class PlanningRow(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-Row = RequestRow | NodeRow | LinkRow | TransferRow | StageRow | CallRow | PlanningRow
+Row = RequestRow | NodeRow | LinkRow | TransferRow | StageRow | CallRow | PlanningRow | FaultRow
 
 TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "requests": (RequestRow, ("round", "framework", "request")),
@@ -252,6 +273,7 @@ TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "stages": (StageRow, ("round", "framework", "request", "node", "name", "start")),
     "calls": (CallRow, ("round", "framework", "node", "start")),
     "planning": (PlanningRow, ("round", "framework", "batch", "part")),
+    "faults": (FaultRow, ("round", "framework", "fault")),
 }
 """Each table's row type, and the fields that tell its rows apart."""
 
@@ -330,6 +352,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     stages: pl.DataFrame
     calls: pl.DataFrame
     planning: pl.DataFrame
+    faults: pl.DataFrame
     events: pl.DataFrame
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self, runtime_checkable
 
 import msgspec
 
@@ -41,7 +41,7 @@ class Place(Protocol):
 
     @property
     def ended(self) -> Mapping[str, str]:
-        """Devices that have ended on their own, and how, in a few words."""
+        """Nodes that have ended and were not started anew, and how, in a few words."""
         ...
 
     async def shape(self, node: str, link: Link) -> None:
@@ -69,5 +69,34 @@ class Place(Protocol):
         ...
 
     async def watch(self) -> NoReturn:
-        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker, an edge or the cloud ends."""
+        """Keep ``ended`` true; raises ``PlaceFailed`` when the broker, an edge or the cloud ends on its own."""
+        ...
+
+
+@runtime_checkable
+class Breakable(Protocol):
+    """A place that can break what runs in it, and mend it, as faults of a scenario have it."""
+
+    async def kill(self, node: str) -> None:
+        """End a node as a crash would, and return when it has ended; raises ``PlaceFailed``."""
+        ...
+
+    async def start(self, node: str) -> None:
+        """Start a node anew that has ended, with a link that lets everything pass; raises ``PlaceFailed``."""
+        ...
+
+    async def pause(self, node: str) -> None:
+        """Let a node stand still until ``resume``: it does nothing, and keeps what it has."""
+        ...
+
+    async def resume(self, node: str) -> None:
+        """Let a node go on after ``pause``."""
+        ...
+
+    async def stop_broker(self) -> None:
+        """End the broker in order, for a while; it keeps what it can keep."""
+        ...
+
+    async def start_broker(self) -> None:
+        """Bring the broker back after ``stop_broker``; raises ``PlaceFailed``."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -89,6 +91,7 @@ class LocalPlace:
             files = [door.fileno() for door in doors.sockets.values()]
             self._servers["doors"] = ForkServer("experiments.doors", warm={}, log=logs / "door-server.log", files=files)
         self._pids: dict[str, int] = {}
+        self._killed: dict[str, asyncio.Event] = {}
         self.ended: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
@@ -157,8 +160,47 @@ class LocalPlace:
                 continue
         return found
 
+    async def kill(self, node: str) -> None:
+        """End a node as a crash would, and return when it has ended. ``watch`` must run."""
+        ended = self._killed[node] = asyncio.Event()
+        self._signal(node, signal.SIGKILL)
+        await ended.wait()
+
+    async def start(self, node: str) -> None:
+        """Start a node anew that has ended, with a link that lets everything pass; raises ``PlaceFailed``."""
+        groups = (("edge", [self._edge]), ("helpers", self._helpers), ("devices", self._devices))
+        server, settings = next((s, n) for s, nodes in groups for n in nodes if n.name == node)
+        try:
+            if server != "edge":
+                await self._hub.detach(node)
+            pid = await self._start(settings, self._servers[server])
+            if server != "edge":
+                await self._hub.attach(node, pid)
+        except (ForkServerError, AttachError) as error:
+            raise PlaceFailed(f"{node} cannot be started anew: {error}") from error
+        self.ended.pop(node, None)
+
+    async def pause(self, node: str) -> None:
+        """Let a node stand still until ``resume``."""
+        self._signal(node, signal.SIGSTOP)
+
+    async def resume(self, node: str) -> None:
+        """Let a node go on after ``pause``."""
+        self._signal(node, signal.SIGCONT)
+
+    async def stop_broker(self) -> None:
+        """End the broker in order, for a while; Mosquitto keeps sessions and messages, amqtt nothing."""
+        await self._broker.stop()
+
+    async def start_broker(self) -> None:
+        """Bring the broker back after ``stop_broker``; raises ``PlaceFailed``."""
+        try:
+            await self._broker.start()
+        except BrokerFailed as error:
+            raise PlaceFailed(f"the broker cannot be started again: {error}") from error
+
     async def watch(self) -> NoReturn:
-        """Keep ``ended`` true; raises ``PlaceFailed`` when all others than a device end."""
+        """Keep ``ended`` true; raises ``PlaceFailed`` when all others than a device end on their own."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._broker.wait())
@@ -189,14 +231,30 @@ class LocalPlace:
 
     async def _watch_one(self, server: str) -> NoReturn:
         async for event in self._servers[server].exits():
+            if self._expected(event):
+                continue
             if event.code:  # else it was told to leave
                 raise PlaceFailed(f"the {event.name} {self._how(event)}")
         raise PlaceFailed(f"the fork server of {server} was stopped")
 
     async def _watch_devices(self) -> NoReturn:
         async for event in self._servers["devices"].exits():
-            self.ended[event.name] = f"{event.name} {self._how(event)}"
+            if not self._expected(event):
+                self.ended[event.name] = f"{event.name} {self._how(event)}"
         raise PlaceFailed("the devices' fork server was stopped")
+
+    def _expected(self, event: Exit) -> bool:
+        """Whether this end is one that ``kill`` waits for."""
+        killed = self._killed.pop(event.name, None)
+        if killed is None:
+            return False
+        self.ended[event.name] = f"{event.name} was killed by a fault of the scenario"
+        killed.set()
+        return True
+
+    def _signal(self, node: str, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # it has just ended on its own
+            os.kill(self._pids[node], number)
 
     def _how(self, event: Exit) -> str:
         log = self._logs / f"{event.name}.log"

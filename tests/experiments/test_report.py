@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments.record import RunFolder, Unwritable
 from experiments.report import write_report
-from semct.runs import LinkRow, NodeRow, NotARun, RequestRow
+from semct.runs import FaultRow, LinkRow, NodeRow, NotARun, RequestRow
 
 FRAMEWORKS = ("semct", "edge-device", "device-only")
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&$x^2$ {{ 7 * 7 }}"""
@@ -158,6 +158,19 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
         folder.add(request("semct", 1, outcome="failed", reason="the edge refused", quality=None))
         folder.add(request("semct", 2, outcome="failed", reason="no result within 5 s", quality=None))
         folder.add(request("semct", 3, outcome="degraded", reason="edge did not answer within 9 s"))
+        for number, what in enumerate(("dies", "outage", "dies", "hangs")):
+            began = None if what == "hangs" else 100.0
+            folder.add(
+                FaultRow(
+                    round="r",
+                    framework="semct",
+                    fault=number,
+                    what=what,
+                    node=f"device-{number}",
+                    at_s=1.0,
+                    began=began,
+                )
+            )
     page = report(folder.path)
     warnings = page.text.index("Before you read the numbers")
     assert warnings < page.text.index("Results")
@@ -165,6 +178,7 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
     assert "2 of 4 requests failed (semct): the edge refused; no result within 5 s" in page.text
     assert "1 of 4 requests were done by the device alone (semct): edge did not answer within 9 s" in page.text
     assert "2/4" in page.text
+    assert "3 faults were part of this experiment (dies 2, outage 1), on device-0, device-1, device-2." in page.text
 
 
 def test_packets_that_left_late_are_said_first(tmp_path: Path) -> None:

@@ -285,3 +285,40 @@ def test_shaped_links_hold_back_what_goes_over_them(tmp_path: Path) -> None:
     for latent in latents.iter_rows(named=True):
         assert (latent["limit_bps"], latent["delay_s"]) == (20e6, 0.01)
         assert latent["seconds"] >= 8 * latent["size"] / 20e6
+
+
+def test_a_run_outlives_its_faults_and_says_what_became_of_every_request(tmp_path: Path) -> None:
+    faults = """
+edge: {compute: native, rows: 1}
+window: 1
+repetitions: 2
+faults:
+  script:
+    - {at: 0s, what: dies, node: device-2, lasts: 500ms}
+    - {at: 10ms, what: broker-restarts, lasts: 300ms}
+    - {at: 100ms, what: hangs, node: device-1, lasts: 300ms}
+    - {at: 200ms, what: dies, node: edge}
+    - {at: 500ms, what: dies, node: device-3}
+    - {at: 1s, what: outage, node: device-1, lasts: 1s}
+"""
+    process = start(scenario(tmp_path, frameworks="edge-device", devices=4, timeout=15, more=faults + "patience: 4"))
+    output = finish(process)
+    assert process.returncode == 0, output
+    run = only_run(tmp_path)
+    rows = {(r["repetition"], r["device"]): r for r in run.requests.iter_rows(named=True)}
+    assert len(rows) == 8
+    for repetition in range(2):
+        assert rows[repetition, "device-3"]["outcome"] == "failed"
+        assert rows[repetition, "device-3"]["reason"] == "device-3 was killed by a fault of the scenario"
+        for device in ("device-1", "device-2", "device-4"):
+            row = rows[repetition, device]
+            assert row["outcome"] in {"answered", "degraded"}
+            if row["outcome"] == "degraded":
+                assert "edge did not answer within" in row["reason"]
+                assert row["latency_s"] > 4
+            assert row["quality"] is not None
+    # Without an edge for the rest of the round, somebody had to do it alone.
+    assert "degraded" in run.requests["outcome"]
+    assert run.faults["began"].is_not_null().sum() == len(run.faults) == 12
+    assert run.nodes["alive"].all()
+    assert "12 faults were part of this experiment" in (run.path / "report.html").read_text()
