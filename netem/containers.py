@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -236,12 +237,12 @@ class Service:
         path.unlink(missing_ok=True)  # noqa: ASYNC240  before anybody is served
         server = await asyncio.start_unix_server(self._serve, str(path))
         path.chmod(0o666)  # noqa: ASYNC240  only the experiment sees the folder
-        watching = asyncio.create_task(asyncio.to_thread(self._watch, asyncio.get_running_loop()))
+        # A daemon, since nothing ends its wait for Docker's next event.
+        threading.Thread(target=self._watch, args=(asyncio.get_running_loop(),), daemon=True).start()
         try:
             async with server:
                 await server.serve_forever()
         finally:
-            watching.cancel()
             self._leave()
             path.unlink(missing_ok=True)  # noqa: ASYNC240  nobody is served any more
 
@@ -356,7 +357,7 @@ def main() -> None:
     try:
         asyncio.run(serve())
     except asyncio.CancelledError:
-        os._exit(0)  # the thread that waits for Docker's events would never end
+        return
     except docker.errors.DockerException as error:
         sys.exit(f"Docker's socket does not answer: {error}")
 
