@@ -277,6 +277,7 @@ def quality(
         Path | None, typer.Option(help="CSV with columns public,personal, or root,public,personal, instead of a set.")
     ] = None,
     per_band: Annotated[int, typer.Option(min=1, help="Pairs drawn from a set in each 0.1 of similarity.")] = 24,
+    blends: Annotated[int, typer.Option(min=0, help="Means of 2, 3, 4, 8 and 16 prompts drawn from it, each.")] = 24,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each pair.")] = 1,
     at: Annotated[str, typer.Option(help="Shared steps, like '0 4 8'; of triples '0-0 4-12'; else every 4th.")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps T.")] = 28,
@@ -305,7 +306,7 @@ def quality(
         if fit is not None:
             curves.fit_file(fit, similarity, out, console, model=model, scorer=scorer, steps=steps, source=source)
             return
-        courses = curves.choose(pairs, prompts, per_band)
+        courses = curves.choose(pairs, prompts, per_band, blends)
         order = curves.Order(
             model=model,
             scorer=scorer,

@@ -1,9 +1,9 @@
 """Measures content quality against shared steps: runs prompts in turn on the loaded model and scores the pictures.
 
 A *course* is the prompts that take their turns in one inference, the personal one last: (public, personal), or
-(root, public, personal) where steps are shared at two levels. A *cut* says at which steps they hand over, so
-(4, 12) of three prompts means [0, 4), [4, 12), [12, T). Every finished course goes to a journal at once, so that
-a measurement that was stopped goes on where it was.
+(root, public, personal) where steps are shared at two levels; all but the personal one may be blends. A *cut* says at
+which steps they hand over, so (4, 12) of three prompts means [0, 4), [4, 12), [12, T). Every finished course goes to
+a journal at once, so that a measurement that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from semct.diffusion import Denoiser
 from semct.quality import ClipScorer, Scorer
+from semct.routes import Prompt
+
+Course = tuple[Prompt, ...]
 
 VERSION = 1
 """The version of the journal's format."""
@@ -49,7 +52,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `fidelity` is the objective, no-reference quality of the same pictures, where the scorer is a CLIP model.
     """
 
-    prompts: tuple[str, ...]
+    prompts: Course
     seed: int
     scores: tuple[float, ...]
     fidelity: tuple[float, ...] = ()
@@ -151,7 +154,7 @@ def _difference(there: Setting, wanted: Setting) -> str:
 
 def pictures_of(
     denoiser: Denoiser,
-    courses: Sequence[Sequence[str]],
+    courses: Sequence[Course],
     seeds: Sequence[int],
     cuts: Sequence[Sequence[int]],
     steps: int,
@@ -185,18 +188,23 @@ def pictures_of(
     yield from go_on([denoiser.noise(seed) for seed in seeds], 0, 0, range(len(cuts)))
 
 
+def personal_prompt(course: Course) -> str:
+    """The last prompt of a course, which is one in words."""
+    last = course[-1]
+    assert isinstance(last, str)  # noqa: S101 (whoever makes a course sees to it)
+    return last
+
+
 def noise_seed(personal: str, seed: int) -> int:
     """The seed of a course's noise: its own for every personal prompt, so that errors of pairs are independent."""
     return (zlib.crc32(personal.encode()) + seed * 0x9E3779B1) % 2**32
 
 
-def measure(
-    denoiser: Denoiser, scorer: Scorer, courses: Sequence[tuple[tuple[str, ...], int]], setting: Setting
-) -> list[Row]:
+def measure(denoiser: Denoiser, scorer: Scorer, courses: Sequence[tuple[Course, int]], setting: Setting) -> list[Row]:
     """Measure courses, each with its seed, in one batch."""
     prompts = [course for course, _ in courses]
-    personals = [course[-1] for course in prompts]
-    seeds = [noise_seed(course[-1], seed) for course, seed in courses]
+    personals = [personal_prompt(course) for course in prompts]
+    seeds = [noise_seed(personal, seed) for personal, (_, seed) in zip(personals, courses, strict=True)]
     scores = np.empty((len(courses), len(setting.cuts)))
     fidelity = np.empty((len(courses), len(setting.cuts) if isinstance(scorer, ClipScorer) else 0))
     for cut, pictures in pictures_of(denoiser, prompts, seeds, setting.cuts, setting.steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +18,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.measuring import Journal, Row, Setting, measure
+from experiments.measuring import Course, Journal, Row, Setting, measure, personal_prompt
 from experiments.scenario import load_prompt_set
 from semct.diffusion import Denoiser
 from semct.prompts import SentenceEncoder, load_sentence_encoder
+from semct.public_prompt import embed_prompts
 from semct.quality import QualityModel, load_quality_model, load_scorer
 from semct.quality_fit import BAND, Measurements, bands_of, fit
+from semct.routes import Prompt, blend, part
 
 COURSES = (("public", "personal"), ("root", "public", "personal"))
 """The columns that a file of prompts has: pairs, or triples that share steps at two levels."""
+
+BLENDED = (2, 3, 4, 8, 16)
+"""How many prompts the blends have that are drawn from a set."""
+
+_STRANGERS = 0.25  # of the drawn blends do not hold the personal prompt
 
 
 class BadQualityOrder(ValueError):
@@ -43,7 +50,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     scorer: str
-    courses: tuple[tuple[str, ...], ...]
+    courses: tuple[Course, ...]
     seeds: tuple[int, ...]
     cuts: tuple[tuple[int, ...], ...] = ()
     steps: int = 28
@@ -52,8 +59,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
 
 
-def read_courses(path: Path) -> tuple[tuple[str, ...], ...]:
+def read_courses(path: Path) -> tuple[Course, ...]:
     """Return the pairs or triples of prompts of a CSV file, whose first line names its columns.
+
+    A cell of several prompts with " | " between them is their blend; the personal prompt is one in words.
 
     Raises:
         BadQualityOrder: The file cannot be read, has other columns, or a line without a prompt.
@@ -66,7 +75,7 @@ def read_courses(path: Path) -> tuple[tuple[str, ...], ...]:
         if len(line) != len(header) or not all(cell.strip() for cell in line):
             msg = f"{path}, line {number}: there should be {len(header)} prompts, but there is {','.join(line)!r}."
             raise BadQualityOrder(msg)
-    return tuple(dict.fromkeys(lines))
+    return tuple(dict.fromkeys((*(blend(cell.split(" | ")) for cell in line[:-1]), line[-1]) for line in lines))
 
 
 def draw_pairs(prompts: Sequence[str], encoder: SentenceEncoder, most: int, seed: int) -> tuple[tuple[str, str], ...]:
@@ -81,6 +90,27 @@ def draw_pairs(prompts: Sequence[str], encoder: SentenceEncoder, most: int, seed
     return tuple((distinct[public[i]], distinct[personal[i]]) for i in np.concatenate(chosen))
 
 
+def draw_blends(prompts: Sequence[str], encoder: SentenceEncoder, most: int, seed: int) -> tuple[Course, ...]:
+    """Draw `most` blends of each number of prompts (`BLENDED`), with a personal prompt each.
+
+    The prompts of a blend come from the neighbourhood of one of them, wide or narrow by lot, so that some are near to
+    each other and some are not. The personal prompt is one of them as in a cluster, or, for a quarter, another of that
+    neighbourhood, as when a request comes later.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    likeness = encoder.similarity(distinct, distinct)
+    rng = np.random.default_rng(seed)
+    drawn: list[Course] = []
+    for size in BLENDED:
+        for _ in range(most if size < len(distinct) else 0):
+            reach = round(np.exp(rng.uniform(np.log(size + 1), np.log(len(distinct)))))
+            near = np.argsort(-likeness[rng.integers(len(distinct))])[:reach]
+            personal, *others = (distinct[i] for i in rng.permutation(near)[: size + 1])
+            members = others if rng.random() < _STRANGERS else [personal, *others[: size - 1]]
+            drawn.append((blend(members), personal))
+    return tuple(dict.fromkeys(drawn))
+
+
 def parse_cuts(text: str, levels: int, steps: int) -> tuple[tuple[int, ...], ...]:
     """Return the cuts of "0 4 8" (pairs) or "0-0 4-12" (triples); every fourth step where there is no text.
 
@@ -93,12 +123,12 @@ def parse_cuts(text: str, levels: int, steps: int) -> tuple[tuple[int, ...], ...
             return tuple((k,) for k in grid)
         return tuple((a, b) for a in grid for b in grid if a <= b and a <= steps / 2)
     cuts = []
-    for part in text.replace(",", " ").split():
-        stops = part.split("-")
+    for place in text.replace(",", " ").split():
+        stops = place.split("-")
         cut = tuple(int(stop) for stop in stops if stop.isdecimal())
         if len(cut) != len(stops) or len(cut) != levels or list(cut) != sorted(cut) or cut[-1] > steps:
             form = "'8'" if levels == 1 else "'4-12'"
-            msg = f"{part!r} is no place to hand over: it should be like {form}, rising, within {steps} steps."
+            msg = f"{place!r} is no place to hand over: it should be like {form}, rising, within {steps} steps."
             raise BadQualityOrder(msg)
         cuts.append(cut)
     return tuple(dict.fromkeys(cuts))
@@ -139,16 +169,28 @@ def measure_all(order: Order, journal: Path, console: Console) -> tuple[Setting,
         return setting, [row for row in kept.rows if (row.prompts, row.seed) in asked]
 
 
-def tabulate(setting: Setting, rows: Sequence[Row], encoder: SentenceEncoder) -> Measurements:
-    """Return rows of pairs as what a quality model is fitted to."""
-    prompts = sorted({prompt for row in rows for prompt in row.prompts})
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+def tabulate(
+    setting: Setting, rows: Sequence[Row], encoder: SentenceEncoder
+) -> tuple[Measurements, Measurements | None]:
+    """Return rows of pairs as what a quality model is fitted to: those in words, and those of means."""
+    number: dict[Prompt, int] = {}
+    for prompt in (prompt for row in rows for prompt in row.prompts):
+        number.setdefault(prompt, len(number))
+    means = [row for row in rows if not isinstance(row.prompts[0], str)]
+    words = [row for row in rows if isinstance(row.prompts[0], str)]
+    return _tabulated(setting, words, encoder, number), _tabulated(setting, means, encoder, number) if means else None
+
+
+def _tabulated(
+    setting: Setting, rows: Sequence[Row], encoder: SentenceEncoder, number: Mapping[Prompt, int]
+) -> Measurements:
     return Measurements(
-        public=np.array([number[row.prompts[0]] for row in rows]),
-        personal=np.array([number[row.prompts[-1]] for row in rows]),
+        public=np.array([number[row.prompts[0]] for row in rows], np.int64),
+        personal=np.array([number[row.prompts[-1]] for row in rows], np.int64),
         similarity=_cosines(encoder, rows, 0),
         shared=np.array([cut[0] for cut in setting.cuts], np.float64),
-        scores=np.array([row.scores for row in rows]),
+        scores=np.array([row.scores for row in rows]).reshape(-1, len(setting.cuts)),
+        own=_parts(rows, 0),
     )
 
 
@@ -190,10 +232,18 @@ def read_published(path: Path, similarity: Path | None, encoder: Callable[[], Se
     )
 
 
-def fit_different(measured: Measurements, *, model: str, scorer: str, steps: int, source: str) -> QualityModel:
+def fit_different(
+    measured: Measurements,
+    *,
+    means: Measurements | None = None,
+    model: str,
+    scorer: str,
+    steps: int,
+    source: str,
+) -> QualityModel:
     """Fit a quality model to the pairs of different prompts; the family knows that one's own prompt costs nothing."""
     different = measured.where(measured.public != measured.personal)
-    return fit(different, model=model, scorer=scorer, steps=steps, source=source)
+    return fit(different, means=means, model=model, scorer=scorer, steps=steps, source=source)
 
 
 def write_model(model: QualityModel, path: Path) -> None:
@@ -212,6 +262,8 @@ def errors_table(model: QualityModel) -> Table:
         "inner": "on unseen pairs, between the first and last k",
         "ceiling_known": "  and the personal prompt's own score is known",
         "ends_known": "  and the public prompt's, against the personal one",
+        "means": "means of prompts, of unseen personal prompts",
+        "means_as_sentences": "  if they counted as sentences",
     }
     table = Table("root mean square error of single scores", "", box=None, pad_edge=False)
     for name, words in said.items():
@@ -223,8 +275,8 @@ def errors_table(model: QualityModel) -> Table:
     return table
 
 
-def choose(pairs: Path | None, prompts: str, per_band: int) -> tuple[tuple[str, ...], ...]:
-    """Return the courses of a CSV file, or pairs drawn from a prompt set (a name, or a YAML file).
+def choose(pairs: Path | None, prompts: str, per_band: int, blends: int) -> tuple[Course, ...]:
+    """Return the courses of a CSV file, or pairs and blends drawn from a prompt set (a name, or a YAML file).
 
     Raises:
         BadQualityOrder: The file is not right, or the set holds no two prompts.
@@ -233,7 +285,8 @@ def choose(pairs: Path | None, prompts: str, per_band: int) -> tuple[tuple[str, 
     if pairs is not None:
         return read_courses(pairs)
     path, found = load_prompt_set(prompts, Path())
-    drawn = draw_pairs([p for group in found.groups for p in group.prompts], load_sentence_encoder(), per_band, seed=0)
+    there, encoder = [p for group in found.groups for p in group.prompts], load_sentence_encoder()
+    drawn = (*draw_pairs(there, encoder, per_band, seed=0), *draw_blends(there, encoder, blends, seed=0))
     if not drawn:
         msg = f"Prompt set {path} holds no two different prompts to make a pair of."
         raise BadQualityOrder(msg)
@@ -288,10 +341,12 @@ def measure_and_fit(order: Order, folder: Path, console: Console, *, against: st
     if known is not None:
         console.print(levels_table(check_levels(known, setting, rows, encoder)))
         return
-    drawn = len({row.prompts for row in rows})
-    source = f"{drawn} pairs of prompts with {len(order.seeds)} seed(s) each, measured by semct quality ({order.dtype})"
-    measured = tabulate(setting, rows, encoder)
-    model = fit_different(measured, model=order.model, scorer=order.scorer, steps=order.steps, source=source)
+    measured, means = tabulate(setting, rows, encoder)
+    source = f"{measured.pairs} pairs and {means.pairs if means else 0} means of prompts with {len(order.seeds)} "
+    source += f"seed(s) each, measured by semct quality ({order.dtype})"
+    model = fit_different(
+        measured, means=means, model=order.model, scorer=order.scorer, steps=order.steps, source=source
+    )
     deliver(model, measured, folder, console)
 
 
@@ -326,7 +381,8 @@ def check_levels(
     phi = np.stack([_cosines(encoder, rows, level) for level in range(len(setting.cuts[0]))], axis=-1)
     scores = np.array([row.scores for row in rows])
     stops = np.array(setting.cuts) * (model.steps / setting.steps)
-    predicted = model.quality_of_segments(phi[:, None, :], stops)
+    own = np.stack([_parts(rows, level) for level in range(len(setting.cuts[0]))], axis=-1)
+    predicted = model.quality_of_segments(phi[:, None, :], stops, own[:, None, :])
     return [
         LevelError(
             cut=cut,
@@ -398,9 +454,14 @@ def _shown(console: Console, total: int, done: int) -> Iterator[Callable[[int], 
 
 
 def _cosines(encoder: SentenceEncoder, rows: Sequence[Row], level: int) -> NDArray[np.float64]:
-    """The similarity of each row's prompt at a level to its personal one."""
-    vectors = encoder.embed([row.prompts[level] for row in rows]), encoder.embed([row.prompts[-1] for row in rows])
+    """The similarity of each row's prompt at a level to its personal one, mean cosine where it is a blend."""
+    vectors = [embed_prompts(encoder, [row.prompts[at] for row in rows]) for at in (level, -1)]
     return np.asarray((vectors[0] * vectors[1]).sum(axis=1), np.float64)
+
+
+def _parts(rows: Sequence[Row], level: int) -> NDArray[np.float64]:
+    """The part of each row's personal prompt in its prompt at a level."""
+    return np.array([part(personal_prompt(row.prompts), row.prompts[level]) for row in rows], np.float64)
 
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -254,7 +254,12 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     What sharing all T steps costs is drop(u) = fall u^power (1 + bend) / (1 + bend u^power): nothing at u = 0,
     `fall` at u = 1, and the larger `bend`, the sooner it levels off. When in the T steps it is lost is a logistic
     of k with its midpoint at step `middle + middle_slope phi` and the steepness `exp(steepness + steepness_slope
-    phi)`, scaled to 0 at k = 0 and 1 at k = T.
+    phi)`, scaled to 0 at k = 0 and 1 at k = T, to the power of `onset`: below 1, some of it is lost in the first steps.
+
+    The public prompt may be the mean of several. Then phi is the mean cosine to them, and `own` is the part of the
+    personal prompt in that mean, which makes phi larger than what the picture owes to it: `own_discount` of it does not
+    count. What is lost is lost `own_delay` steps later. Both are for means that hold the personal prompt (own > 0);
+    another mean is as good as a sentence of the same phi.
     """
 
     ceiling: float
@@ -265,21 +270,23 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     middle_slope: float
     steepness: float
     steepness_slope: float
+    onset: Annotated[float, Meta(gt=0)] = 1.0
+    own_discount: Annotated[float, Meta(ge=0)] = 0.0
+    own_delay: Annotated[float, Meta(ge=0)] = 0.0
 
-    def drop(self, phi: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What sharing all steps costs at each similarity."""
+    def losses(
+        self, phi: NDArray[np.float64], shared: NDArray[np.float64], steps: int, own: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """How much of the score is lost after so many of `steps` shared steps; arrays broadcast."""
+        others = np.divide(1 - phi, 1 - own, out=np.zeros(np.broadcast_shapes(phi.shape, own.shape)), where=own < 1)
+        phi = phi - self.own_discount * own * others  # `others` is how far the rest of the mean is
         far = np.maximum(1 - phi, 0) ** self.power
-        return np.asarray(self.fall * (1 + self.bend) * far / (1 + self.bend * far))
-
-    def lost(self, phi: NDArray[np.float64], shared: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
-        """What part of the drop is lost after so many of `steps` shared steps, 0 to 1."""
-        middle, steepness = self.middle + self.middle_slope * phi, np.exp(self.steepness + self.steepness_slope * phi)
+        drop = self.fall * (1 + self.bend) * far / (1 + self.bend * far)
+        middle = self.middle + self.middle_slope * phi + self.own_delay * (own > 0)
+        steepness = np.exp(self.steepness + self.steepness_slope * phi)
         first, last = expit(-steepness * middle), expit(steepness * (steps - middle))
-        return np.asarray((expit(steepness * (shared - middle)) - first) / (last - first))
-
-    def quality(self, phi: NDArray[np.float64], shared: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
-        """The mean score; arrays broadcast."""
-        return self.ceiling - self.drop(phi) * self.lost(phi, shared, steps)
+        part = (expit(steepness * (shared - middle)) - first) / (last - first)
+        return np.asarray(drop * np.maximum(part, 0) ** self.onset)
 
 
 class Errors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -290,7 +297,9 @@ class Errors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     similarity and interpolated between them, the paper's way; `mean` of the mean score at each k, whatever the
     similarity. The last three are on unseen pairs between the first and the last measured k: `inner` of the model,
     which knows texts only; `ceiling_known` where one picture of the personal prompt alone has been scored before;
-    `ends_known` where one of the public prompt alone has been scored against the personal prompt as well.
+    `ends_known` where one of the public prompt alone has been scored against the personal prompt as well. `means` is on
+    means of prompts as public ones, predicted from means of other personal prompts, and `means_as_sentences` what it
+    would be if they counted as sentences (both None where none were measured).
     """
 
     fitted: float
@@ -300,11 +309,14 @@ class Errors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     inner: float | None = None
     ceiling_known: float | None = None
     ends_known: float | None = None
+    means: float | None = None
+    means_as_sentences: float | None = None
 
 
 class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Predicts content quality from similarity phi and shared steps k: Q(phi, k) = ceiling - drop(phi) lost(phi, k).
 
+    A file without the coefficients `onset`, `own_discount` and `own_delay` is one whose family did not know them.
     `model` is the diffusion model, `scorer` and `steps` (T) what it was measured with, `source` where that was,
     `pairs` the number of (public, personal) pairs, `measurements` that of single scores.
     """
@@ -319,16 +331,19 @@ class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     errors: Errors
     coefficients: Coefficients
 
-    def quality(self, phi: ArrayLike, shared: ArrayLike) -> NDArray[np.float64]:
+    def quality(self, phi: ArrayLike, shared: ArrayLike, own: ArrayLike = 0.0) -> NDArray[np.float64]:
         """Return the predicted mean score after `shared` of `steps` steps with a public prompt.
 
         Args:
-            phi: Cosine similarity of public and personal prompt; above 1 counts as 1.
+            phi: Cosine similarity of public and personal prompt, or mean cosine to the prompts whose mean the public
+                one is; above 1 counts as 1.
             shared: Shared steps in 0..T, of any real value; it broadcasts with `phi`.
+            own: The part of the personal prompt in that mean, 0..1 (`routes.part`); 0 for one in words, or without it.
         """
-        return self.coefficients.quality(np.asarray(phi, np.float64), np.asarray(shared, np.float64), self.steps)
+        values = (np.asarray(given, np.float64) for given in (phi, shared, own))
+        return self.coefficients.ceiling - self._losses(*values)
 
-    def quality_of_segments(self, phi: ArrayLike, stops: ArrayLike) -> NDArray[np.float64]:
+    def quality_of_segments(self, phi: ArrayLike, stops: ArrayLike, own: ArrayLike = 0.0) -> NDArray[np.float64]:
         """Return the predicted mean score of routes with several shared segments before the personal one.
 
         Each segment costs what its own curve loses between its first step and its last, so one segment gives
@@ -339,15 +354,21 @@ class QualityModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             stops: The step at which each segment ends and the next begins, not falling along the last axis,
                 (..., segments); it broadcasts with `phi`. The first segment begins at step 0; equal
                 neighbours make an empty segment, which costs nothing whatever its phi.
+            own: The part of the personal prompt in each segment's mean, as in `quality`; it broadcasts with `phi`.
 
         Returns:
             The scores, (...).
         """
-        at, ends = np.broadcast_arrays(np.asarray(phi, np.float64), np.asarray(stops, np.float64))
+        values = (np.asarray(given, np.float64) for given in (phi, stops, own))
+        at, ends, parts = np.broadcast_arrays(*values)
         starts = np.concatenate([np.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
-        c = self.coefficients
-        losses = c.drop(at) * (c.lost(at, ends, self.steps) - c.lost(at, starts, self.steps))
-        return c.ceiling - np.asarray(losses.sum(axis=-1))
+        losses = self._losses(at, ends, parts) - self._losses(at, starts, parts)
+        return self.coefficients.ceiling - np.asarray(losses.sum(axis=-1))
+
+    def _losses(
+        self, phi: NDArray[np.float64], shared: NDArray[np.float64], own: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        return self.coefficients.losses(phi, shared, self.steps, own)
 
 
 def load_quality_model(name_or_path: str | Path) -> QualityModel:

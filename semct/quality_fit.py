@@ -20,6 +20,8 @@ GROUPS = 11
 BAND = 0.1
 """Width of a band of similarity."""
 
+_OF_MEANS = ("own_discount", "own_delay")  # coefficients that pairs of sentences say nothing of
+_OF_PAIRS = tuple(name for name in Coefficients.__struct_fields__ if name not in _OF_MEANS)
 _LEAST_PROMPTS = 6
 _LEAST_PAIRS = 8
 
@@ -30,7 +32,8 @@ class Measurements(NamedTuple):
     """Scores of n pairs at m numbers of shared steps.
 
     `public` and `personal` (n,) name the prompts by number, `similarity` (n,) is their cosine, `shared` (m,) the
-    numbers of shared steps, `scores` (n, m) against the personal prompt.
+    numbers of shared steps, `scores` (n, m) against the personal prompt. Where public prompts are means, each has a
+    number of its own, `similarity` is the mean cosine to its prompts, and `own` (n,) the personal prompt's part in it.
     """
 
     public: NDArray[np.int64]
@@ -38,12 +41,13 @@ class Measurements(NamedTuple):
     similarity: Floats
     shared: Floats
     scores: Floats
+    own: Floats | float = 0.0
 
     def where(self, chosen: NDArray[np.bool_]) -> Measurements:
         """Return the chosen pairs only."""
-        return Measurements(
-            self.public[chosen], self.personal[chosen], self.similarity[chosen], self.shared, self.scores[chosen]
-        )
+        own = self.own if isinstance(self.own, float) else self.own[chosen]
+        mine = (self.public[chosen], self.personal[chosen], self.similarity[chosen])
+        return Measurements(*mine, self.shared, self.scores[chosen], own)
 
     @property
     def pairs(self) -> int:
@@ -55,11 +59,15 @@ Predictor = Callable[[Measurements], Floats]
 """From pairs to predictions of their scores, (..., n, m). One that looks at their scores says so."""
 
 
-def fit(measured: Measurements, *, model: str, scorer: str, steps: int, source: str) -> QualityModel:
+def fit(
+    measured: Measurements, *, means: Measurements | None = None, model: str, scorer: str, steps: int, source: str
+) -> QualityModel:
     """Fit a quality model by least squares on single scores, and cross-validate it over prompts.
 
     Args:
-        measured: What was measured.
+        measured: What was measured of pairs of prompts in words.
+        means: What was measured with means as public prompts, or None where nothing was: then a mean counts as a
+            sentence of its similarity.
         model: The diffusion model, by the name or id it was loaded by.
         scorer: The scorer.
         steps: T.
@@ -74,14 +82,20 @@ def fit(measured: Measurements, *, model: str, scorer: str, steps: int, source: 
         raise QualityModelError(msg)
     coefficients = fit_coefficients(measured, steps)
     fitted = _rms(_predicted(coefficients, steps, measured) - measured.scores)
+    errors = _errors(measured, steps, coefficients, fitted)
+    count, scores = measured.pairs, measured.scores.size
+    if means is not None:
+        errors = _with_means(errors, means, steps, coefficients)
+        coefficients = fit_means(means, steps, coefficients)
+        count, scores = count + means.pairs, scores + means.scores.size
     return QualityModel(
         model=model,
         scorer=scorer,
         steps=steps,
         source=source,
-        pairs=measured.pairs,
-        measurements=int(measured.scores.size),
-        errors=_errors(measured, steps, coefficients, fitted),
+        pairs=count,
+        measurements=int(scores),
+        errors=errors,
         coefficients=coefficients,
     )
 
@@ -116,12 +130,42 @@ def _errors(measured: Measurements, steps: int, start: Coefficients, fitted: flo
     )
 
 
+def fit_means(means: Measurements, steps: int, coefficients: Coefficients) -> Coefficients:
+    """Return the coefficients of pairs with those of means: of least squared error on the scores of ``means``."""
+
+    def made(values: Floats) -> Coefficients:
+        return msgspec.structs.replace(coefficients, **dict(zip(_OF_MEANS, map(float, values), strict=True)))
+
+    def errors(values: Floats) -> Floats:
+        return np.asarray((_predicted(made(values), steps, means) - means.scores).ravel())
+
+    found = least_squares(errors, (0.1, steps / 28), bounds=((0, 0), (10, steps)), x_scale=(0.1, steps / 28))
+    return made(found.x)
+
+
+def _with_means(errors: Errors, means: Measurements, steps: int, coefficients: Coefficients) -> Errors:
+    """The errors with those on means: each predicted from those of other personal prompts, and as sentences."""
+    prompts = np.unique(means.personal)
+    dealt = (np.random.default_rng(0).permutation(len(prompts)) % GROUPS)[np.searchsorted(prompts, means.personal)]
+    off = np.full(means.scores.shape, np.nan)
+    for group in np.unique(dealt):
+        others, test = means.where(dealt != group), means.where(dealt == group)
+        if len(others.scores):
+            off[dealt == group] = _predicted(fit_means(others, steps, coefficients), steps, test) - test.scores
+    plain = _predicted(coefficients, steps, means) - means.scores
+    return msgspec.structs.replace(
+        errors,
+        means=None if np.isnan(off).any() else _rms(off),
+        means_as_sentences=_rms(plain),
+    )
+
+
 def fit_coefficients(measured: Measurements, steps: int, *, start: Coefficients | None = None) -> Coefficients:
     """Return the coefficients of least squared error on single scores, searched from `start`.
 
     Scores that share a prompt err together, so n scores of p prompts tell less than n independent ones, and what the
-    curves' shape does with similarity is easily read out of chance. Coefficients of shape are drawn towards a drop
-    linear in similarity and one logistic for all similarities, as strongly as if each prompt had been scored once.
+    curves' shape does with similarity is easily read out of chance. Coefficients of that are drawn towards a drop
+    linear in similarity and one shape for all similarities, as strongly as if each prompt had been scored once.
     """
     span = max(float(np.ptp(measured.scores)), 1e-6)
     start = start or Coefficients(
@@ -136,8 +180,8 @@ def fit_coefficients(measured: Measurements, steps: int, *, start: Coefficients 
     )
     # Bounds keep what few measurements leave open in a sane range: the midpoint near the steps, and the
     # steepness between a straight line and a single step.
-    lower = np.array([-np.inf, 0, 0.2, 0, -steps, -2 * steps, np.log(1 / steps), -3])
-    upper = np.array([np.inf, 20 * span, 12, 1e4, 2 * steps, 2 * steps, np.log(40 / steps), 3])
+    lower = np.array([-np.inf, 0, 0.2, 0, -steps, -2 * steps, np.log(1 / steps), -3, 0.1])
+    upper = np.array([np.inf, 20 * span, 12, 1e4, 2 * steps, 2 * steps, np.log(40 / steps), 3, 5])
     prompts = len(np.union1d(measured.public, measured.personal))
     scatter = float(np.std(measured.scores - measured.scores.mean(axis=0)))
     strength = scatter * np.sqrt(measured.scores.size / prompts)
@@ -148,7 +192,7 @@ def fit_coefficients(measured: Measurements, steps: int, *, start: Coefficients 
         off = _predicted(c, steps, measured) - measured.scores
         return np.concatenate([off.ravel(), strength * np.array(shape)])
 
-    inside = np.clip(msgspec.structs.astuple(start), lower + 1e-9, upper - 1e-9)
+    inside = np.clip([getattr(start, name) for name in _OF_PAIRS], lower + 1e-9, upper - 1e-9)
     found = least_squares(errors, inside, bounds=(lower, upper), x_scale="jac", max_nfev=300)
     return _coefficients(found.x)
 
@@ -239,12 +283,13 @@ def _with_known(training: Measurements, steps: int, coefficients: Coefficients, 
 
 
 def _coefficients(values: Floats) -> Coefficients:
-    numbers = (float(value) for value in values)
-    return Coefficients(**dict(zip(Coefficients.__struct_fields__, numbers, strict=True)))
+    return Coefficients(**dict(zip(_OF_PAIRS, map(float, values), strict=True)))
 
 
 def _predicted(coefficients: Coefficients, steps: int, pairs: Measurements) -> Floats:
-    return coefficients.quality(pairs.similarity[:, None], pairs.shared, steps)
+    own = np.broadcast_to(np.asarray(pairs.own, np.float64), pairs.similarity.shape)
+    lost = coefficients.losses(pairs.similarity[:, None], pairs.shared, steps, own[:, None])
+    return np.asarray(coefficients.ceiling - lost)
 
 
 def _sigmoid(shared: Floats, fall: Any, slope: Any, middle: Any, floor: Any) -> Floats:

@@ -145,6 +145,11 @@ def blend(prompts: Sequence[str]) -> Prompt:
     return tuple(ordered[i * len(ordered) // taken] for i in range(taken))
 
 
+def part(prompt: str, public: Prompt) -> float:
+    """The part of a prompt in a blend, 0 to 1; nothing in one that is in words."""
+    return public.count(prompt) / len(public) if isinstance(public, tuple) else 0.0
+
+
 def wording(prompt: Prompt) -> str:
     """A prompt as people read it."""
     return prompt if isinstance(prompt, str) else f"mean of: {'; '.join(prompt)}"

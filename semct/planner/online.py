@@ -22,7 +22,7 @@ from semct.cost import Network, Weights, device_only, utility
 from semct.planner.shares import shares
 from semct.planner.tree import Prices, lost, outcome, prices
 from semct.quality import QualityModel
-from semct.routes import Cluster, Plan, Prediction, Prompt, Request, Route, blend, route
+from semct.routes import Cluster, Plan, Prediction, Prompt, Request, Route, blend, part, route
 
 _NEIGHBOURS = (0, 1, 2, 4)  # recent prompts that a new public prompt may take in
 _FORESEEN = 16  # recent prompts, the most similar ones, that stand for requests to come
@@ -151,7 +151,10 @@ class _Arrival:
         for count in sorted({min(c, len(near)) for c in _NEIGHBOURS}) if longest else ():
             mean = np.mean([self.vector, *(v for _, v in near[:count])], axis=0).astype(np.float32)
             phi = np.clip(np.array([self.vector @ mean, *(v @ mean for _, v in near)], np.float64), -1, 1)
-            paid = price.quality[0] * lost(self.quality, phi, request.steps) + price.rest[0]
+            # Of those near, the first ones are in the mean, too.
+            own = (np.arange(len(phi)) <= count) / (count + 1)
+            own[own == 1] = 0  # its own prompt alone is no mean
+            paid = price.quality[0] * lost(self.quality, phi, own, request.steps) + price.rest[0]
             saved = np.maximum(served[:, None] - np.minimum.accumulate(paid[1:], axis=1), 0).sum(axis=0)
             worth = (paid[0] + np.arange(request.steps + 1) * price.step[0] - expected * saved)[1 : longest + 1]
             least = float(worth.min())
@@ -172,7 +175,8 @@ class _Arrival:
         """The known prefixes, and what they are for a prompt of this vector."""
         known, theirs, fresh = self._there
         similarity = np.clip((theirs @ vector if known else np.empty(0)).astype(np.float64), -1, 1)
-        paid = self.price.quality[0] * lost(self.quality, similarity, self.request.steps) + self.price.rest[0]
+        own = np.array([part(self.request.prompt, p.prompt) for p in known])
+        paid = self.price.quality[0] * lost(self.quality, similarity, own, self.request.steps) + self.price.rest[0]
         return _Known(known, theirs, similarity, fresh, fresh * self.price.step[0] + paid)
 
     @cached_property
@@ -220,7 +224,8 @@ def _routes(
                 (network.edge, model, request.prompt, own[n]),
                 (request.device, model, request.prompt, left),
             )
-            fall = lost(quality, np.array([start.similarity]), request.steps)[0, shared] if start else 0.0
+            phi, inside = np.array([start.similarity if start else 1.0]), np.array([part(request.prompt, prompt)])
+            fall = lost(quality, phi, inside, request.steps)[0, shared]
             expected = outcome(
                 request,
                 network,

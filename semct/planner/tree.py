@@ -37,7 +37,7 @@ class PromptTree:
 
     Leaves are nodes 0 to n - 1, merges n to 2n - 2, the last is the root. ``members`` are the prompts below each node
     and ``similarity`` what each has to all of them on average (as ``public_prompt.embed_prompts`` has it for a mean),
-    or to their medoid where ``words`` are wanted.
+    or to their medoid where ``words`` are wanted; ``own`` is the part of each in that mean, 0 of words.
     """
 
     def __init__(
@@ -49,12 +49,17 @@ class PromptTree:
         self.members = [np.array([i]) for i in range(len(self.prompts))]
         self._worded: dict[int, Prompt] = {}
         self.similarity: list[NDArray[np.float64]] = [np.ones(1) for _ in self.prompts]
+        self.own: list[NDArray[np.float64]] = [np.zeros(1) for _ in self.prompts]
+        number = {p: i for i, p in enumerate(dict.fromkeys(self.prompts))}
+        which = np.array([number[p] for p in self.prompts])
         for left, right in self.children:
             below = np.concatenate([self.members[left], self.members[right]])
             own = vectors[below].astype(np.float64)
             target = own[medoid(own)] if words else own.mean(axis=0)
             self.members.append(below)
             self.similarity.append(np.clip(own @ target, -1, 1))
+            _, kind, count = np.unique(which[below], return_inverse=True, return_counts=True)
+            self.own.append(np.zeros(len(below)) if words else count[kind] / len(below))
 
     @property
     def leaves(self) -> int:
@@ -128,10 +133,12 @@ def prices(
     )
 
 
-def lost(quality: QualityModel, similarity: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
-    """The score (n, T + 1) that k shared steps cost at each similarity (n,)."""
+def lost(
+    quality: QualityModel, similarity: NDArray[np.float64], own: NDArray[np.float64], steps: int
+) -> NDArray[np.float64]:
+    """The score (n, T + 1) that k shared steps cost at each similarity (n,) to a mean, of which ``own`` (n,) is own."""
     at = np.arange(steps + 1) * (quality.steps / steps)
-    return np.asarray(quality.quality(1.0, 0.0) - quality.quality(similarity[:, None], at[None, :]))
+    return np.asarray(quality.quality(1.0, 0.0) - quality.quality(similarity[:, None], at[None, :], own[:, None]))
 
 
 def _lost_together(
@@ -139,8 +146,8 @@ def _lost_together(
 ) -> NDArray[np.float64]:
     """What k steps (T + 1,) cost the members of a node, for whom a lost unit of the score is ``worth`` (members,)."""
     # Of thousands of requests many have the same prompt, and so the same curve.
-    phi, curve = np.unique(tree.similarity[node], return_inverse=True)
-    return np.asarray(np.bincount(curve, weights=worth) @ lost(quality, phi, steps))
+    phi, first, curve = np.unique(tree.similarity[node], return_index=True, return_inverse=True)
+    return np.asarray(np.bincount(curve, weights=worth) @ lost(quality, phi, tree.own[node][first], steps))
 
 
 def allowed_stops(tree: PromptTree, quality: QualityModel, steps: int, most_shared: int) -> NDArray[np.bool_]:
@@ -200,7 +207,9 @@ def best_clusters(tree: PromptTree, price: Prices, quality: QualityModel, most_s
     for i, (left, right) in enumerate(tree.children):
         node = tree.leaves + i
         members = tree.members[node]
-        own = price.rest[members] + price.quality[members, None] * lost(quality, tree.similarity[node], steps)
+        own = price.rest[members] + price.quality[members, None] * lost(
+            quality, tree.similarity[node], tree.own[node], steps
+        )
         shared = np.arange(longest) * price.shared(members)
         cost.append(float((shared + np.minimum.accumulate(own[:, :longest], axis=1).sum(axis=0)).min()))
         total += cost[node] - cost[left] - cost[right]
@@ -374,8 +383,9 @@ def _expected_scores(
     for node in range(tree.leaves, len(tree.members)):
         start = 0 if node == len(tree.members) - 1 else int(stops[tree.parent[node]])
         if stops[node] > start:
-            phi, curve = np.unique(tree.similarity[node], return_inverse=True)
-            fall = quality.quality(phi, start * scale) - quality.quality(phi, stops[node] * scale)
+            phi, first, curve = np.unique(tree.similarity[node], return_index=True, return_inverse=True)
+            own = tree.own[node][first]
+            fall = quality.quality(phi, start * scale, own) - quality.quality(phi, stops[node] * scale, own)
             score[tree.members[node]] -= fall[curve]
     return score
 

@@ -149,6 +149,8 @@ def test_courses_are_pairs_or_triples(tmp_path: Path) -> None:
     path = tmp_path / "courses.csv"
     path.write_text('root,public,personal\n"something, outside",a cat,a kitten\na,b,c\na,b,c\n')
     assert read_courses(path) == (("something, outside", "a cat", "a kitten"), ("a", "b", "c"))
+    path.write_text("public,personal\nb | a | b,c\na | a,c\n")
+    assert read_courses(path) == ((("a", "b", "b"), "c"), ("a", "c"))
     path.write_text("personal,public\na,b\n")
     with pytest.raises(BadQualityOrder, match="has the columns personal,public"):
         read_courses(path)
@@ -178,6 +180,32 @@ def test_pairs_are_drawn_from_every_band() -> None:
     similarity = np.array([encoder.similarity([a], [b])[0, 0] for a, b in pairs])
     assert all(chosen.sum() <= 2 for _, chosen in bands_of(similarity))
     assert draw_pairs(["a bus", "a bus"], encoder, 2, seed=0) == ()
+
+
+def test_means_are_drawn_measured_and_fitted(tmp_path: Path) -> None:
+    encoder = load_sentence_encoder()
+    blends = quality.draw_blends(PROMPTS, encoder, 6, seed=0)
+    assert blends == quality.draw_blends([*PROMPTS, PROMPTS[0]], encoder, 6, seed=0)
+    assert {len(public) for public, _ in blends} == {2, 3, 4}  # there are but five prompts
+    assert any(personal in public for public, personal in blends)
+    pairs = draw_pairs(PROMPTS, encoder, 3, seed=0)
+    cuts = ((0,), (1,), (2,), (4,))
+    order = Order(
+        model="embedded", scorer="embedded", courses=(*pairs, *blends[:4]), seeds=(0,), cuts=cuts, steps=4, rows=24
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    quality.measure_and_fit(order, tmp_path, console, against="embedded")
+    setting, rows = read_journal(tmp_path / "measurements.jsonl")
+    assert [row.prompts for row in rows] == [*pairs, *blends[:4]]
+    words, means = quality.tabulate(setting, rows, encoder)
+    assert words.pairs == len(pairs)
+    assert means is not None
+    vectors = encoder.embed([str(blends[0][1]), *blends[0][0]])
+    assert means.similarity[0] == pytest.approx(float((vectors[1:] @ vectors[0]).mean()), abs=1e-6)
+    assert isinstance(means.own, np.ndarray)
+    assert means.own[0] == (1 / len(blends[0][0]) if blends[0][1] in blends[0][0] else 0)
+    assert "if they counted as sentences" in console.export_text()
+    assert load_quality_model(tmp_path / "curves.json").pairs == len(pairs) + 4
 
 
 def test_triples_are_compared_with_a_quality_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,3 +116,22 @@ def test_interpolated_bands_pass_through_their_means() -> None:
             means = measured.scores[chosen].mean(axis=0)
             at_band = measured.where(np.arange(len(chosen)) == 0)._replace(similarity=np.array([band]))
             np.testing.assert_allclose(predict(at_band)[0], means, atol=0.012)
+
+
+def test_what_a_mean_costs_is_recovered() -> None:
+    truth = msgspec.structs.replace(TRUTH.coefficients, own_discount=0.3, own_delay=2.0)
+    rng = np.random.default_rng(3)
+    size = rng.choice([2, 3, 4, 8], 120)
+    others = rng.uniform(0, 0.9, 120)
+    own = np.where(rng.random(120) < 0.75, 1 / size, 0.0)
+    phi = own + (1 - own) * others
+    scores = truth.ceiling - truth.losses(phi[:, None], SHARED, STEPS, own[:, None]) + rng.normal(0, 0.01, (120, 8))
+    means = Measurements(np.arange(100, 220), rng.integers(0, 12, 120), phi, SHARED, scores, own)
+    found = fit(drawn(12, 0.01), means=means, model="test", scorer="test", steps=STEPS, source="a test")
+    assert found.coefficients.own_discount == pytest.approx(0.3, abs=0.08)
+    assert found.coefficients.own_delay == pytest.approx(2.0, abs=0.4)
+    assert found.pairs == 144 + 120
+    assert found.errors.means is not None
+    assert found.errors.means_as_sentences is not None
+    assert found.errors.means == pytest.approx(0.01, rel=0.25)
+    assert found.errors.means_as_sentences > 1.2 * found.errors.means

@@ -57,7 +57,7 @@ def cost(prompts: PromptTree, price: Prices, stops: NDArray[np.int64]) -> float:
         if v < prompts.leaves:
             total += price.rest[v, start[v] if prompts.children else 0]
             continue
-        fall = tree.lost(QUALITY, prompts.similarity[v], steps)
+        fall = tree.lost(QUALITY, prompts.similarity[v], prompts.own[v], steps)
         total += (stops[v] - start[v]) * price.shared(members)
         total += float(price.quality[members] @ (fall[:, stops[v]] - fall[:, start[v]]))
     return total
@@ -173,7 +173,7 @@ def test_the_best_number_of_clusters_costs_least_of_all(seed: int, n: int, most:
         found = 0.0
         for group in left:
             v = merged[group]
-            fall = tree.lost(QUALITY, prompts.similarity[v], STEPS)
+            fall = tree.lost(QUALITY, prompts.similarity[v], prompts.own[v], STEPS)
             own = price.rest[prompts.members[v]] + price.quality[prompts.members[v], None] * fall
             longest = most if len(group) > 1 else 0
             found += min(
@@ -194,5 +194,7 @@ def test_the_root_keeps_its_bound_and_different_wishes_end_with_steps_of_their_o
         longest = int(np.flatnonzero(allowed[v - 12]).max())
         same = len({prompts.prompts[i] for i in prompts.members[v]}) == 1
         assert longest == STEPS if same else longest <= 22
-        mean = tree.lost(QUALITY, prompts.similarity[v], STEPS).mean(axis=0)
-        assert mean[longest] <= tree.lost(QUALITY, prompts.similarity[-1], STEPS).mean(axis=0)[13] + 1e-9
+        mean = tree.lost(QUALITY, prompts.similarity[v], prompts.own[v], STEPS).mean(axis=0)
+        assert (
+            mean[longest] <= tree.lost(QUALITY, prompts.similarity[-1], prompts.own[-1], STEPS).mean(axis=0)[13] + 1e-9
+        )
