@@ -480,6 +480,56 @@ def replay_link(
     _ask_links(Replay(node=node, trace=str(trace.resolve())), run, runs)
 
 
+composing = typer.Typer(help="Compose files for GPUs and swarms.", no_args_is_help=True)
+app.add_typer(composing, name="compose")
+
+
+@composing.command("render")
+def render_compose(
+    scenario: Annotated[Path, typer.Argument(help="The scenario whose devices it is for.")],
+    gpus: Annotated[
+        str, typer.Option(help="How many GPUs, or which (indices or UUIDs between commas): the first is the edge's.")
+    ] = "",
+    *,
+    swarm: Annotated[bool, typer.Option("--swarm", help="A stack for `docker stack deploy`.")] = False,
+    file: Annotated[Path, typer.Option(help="The testbed's compose file.")] = Path("compose.yaml"),
+    out: Annotated[Path | None, typer.Option(help="Where it goes; by default it is printed.")] = None,
+) -> None:
+    """Make a compose file that gives every device its GPU, or a stack for the hosts of a swarm."""
+    from experiments.composing import (  # noqa: PLC0415
+        CannotCompose,
+        as_stack,
+        parse_gpus,
+        pin,
+        read_compose,
+        to_yaml,
+        with_gpus,
+    )
+    from experiments.record import gpus as gpus_here  # noqa: PLC0415
+
+    try:
+        wanted = load_scenario(scenario)
+        made = read_compose(file, scenario)
+        if swarm:
+            made = as_stack(made, devices=wanted.users, gpus=bool(gpus))
+            use = f"docker stack deploy --resolve-image never -c {out or 'THIS-FILE'} semct"
+        elif gpus:
+            present = tuple(gpus_here())
+            if not present:
+                typer.echo("semct: no GPU is seen here, so the file is taken to be for another machine", err=True)
+            made = with_gpus(made, pin(wanted.users, parse_gpus(gpus, present)))
+            use = f"docker compose -f {out or 'THIS-FILE'} up --exit-code-from experiment"
+        else:
+            raise CannotCompose(f"without GPUs {file} is used as it is: give --gpus or --swarm")
+        text = to_yaml(made, f"Made by `semct compose render` for {wanted.users} devices of {scenario}.\nUse: {use}")
+        if out is None:
+            typer.echo(text, nl=False)
+        else:
+            out.write_text(text, encoding="utf-8")
+    except (BadScenario, CannotCompose, OSError) as error:
+        _give_up(error)
+
+
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
     """Write the report of a run again."""
