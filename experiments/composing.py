@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 _NEEDED: Final = ("broker", "edge", "device", "experiment")
 _GPU = re.compile(r"\d+|(GPU|MIG)-[0-9a-fA-F-]+")
-_NOT_IN_STACKS: Final = ("build", "depends_on", "network_mode", "pid", "profiles", "restart", "security_opt")
+_NOT_IN_STACKS: Final = ("build", "depends_on", "restart", "security_opt")
 _STACK_FORMAT: Final = "3.8"  # what `docker stack deploy` reads
 _GENERIC: Final = "NVIDIA-GPU"  # as nodes of a swarm announce theirs
 
@@ -114,23 +114,23 @@ def as_stack(document: Document, *, devices: int, gpus: bool) -> Document:
     """
     made = copy.deepcopy(document)
     made.pop("name", None)
-    for name, service in list(made["services"].items()):
-        if "profiles" in service:
-            del made["services"][name]
-            continue
-        on_host = service.get("network_mode") == "host"
+    # An overlay network keeps its interfaces where nobody on the host sees them, so that no links can be shaped.
+    made["services"] = {
+        name: service
+        for name, service in made["services"].items()
+        if service.get("network_mode") != "host" and "profiles" not in service
+    }
+    made.pop("volumes", None)
+    for name, service in made["services"].items():
         for key in _NOT_IN_STACKS:
             service.pop(key, None)
+        if "volumes" in service:
+            service["volumes"] = [volume for volume in service["volumes"] if volume.startswith((".", "/"))]
         deploy = service.setdefault("deploy", {})
         deploy["endpoint_mode"] = "dnsrr"
         # Who only runs once must not run again; nodes come back, and enrol again.
-        deploy["restart_policy"] = (
-            {"condition": "none"} if name == "experiment" else {"condition": "any", "delay": "1s"}
-        )
-        if on_host:  # one on every host
-            service["networks"] = ["host"]
-            deploy["mode"] = "global"
-            made["networks"]["host"] = {"external": True, "name": "host"}
+        again = "none" if name == "experiment" else "any"
+        deploy["restart_policy"] = {"condition": again, "delay": "1s"}
         if name == "device":
             deploy["replicas"] = devices
         if name in {"broker", "experiment"}:  # what they keep is on the host that people log in to
@@ -141,8 +141,7 @@ def as_stack(document: Document, *, devices: int, gpus: bool) -> Document:
         if "ports" in service:
             service["ports"] = [_on_host(port) for port in service["ports"]]
     for network in made["networks"].values():
-        if not network.get("external"):
-            network |= {"driver": "overlay", "attachable": True}
+        network |= {"driver": "overlay", "attachable": True}
     return {"version": _STACK_FORMAT, **made}
 
 

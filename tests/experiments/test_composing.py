@@ -89,7 +89,9 @@ def test_a_stack_has_nothing_that_swarms_refuse() -> None:
     assert stack["services"]["device"]["deploy"]["replicas"] == 40
     wanted = stack["services"]["device"]["deploy"]["resources"]["reservations"]["generic_resources"]
     assert wanted == [{"discrete_resource_spec": {"kind": "NVIDIA-GPU", "value": 1}}]
-    assert stack["networks"]["cell"]["driver"] == "overlay"
+    assert {network["driver"] for network in stack["networks"].values()} == {"overlay"}
+    assert "links" not in stack["services"]
+    assert all(v.startswith(".") for service in stack["services"].values() for v in service.get("volumes", []))
 
 
 def test_a_file_is_complete_text_again() -> None:
