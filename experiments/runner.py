@@ -284,8 +284,7 @@ def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doo
 
     ``refused`` says why it permits no network namespaces, if so: raises ``PlaceFailed`` where some are needed.
     """
-    shaping = scenario.links.shaped_by if scenario.shapes_links else "none"
-    if refused and (shaping != "none" or doors is not None):
+    if refused and (scenario.shaping != "none" or doors is not None):
         raise PlaceFailed(f"{refused}; without links to shape (`links: {{shaped_by: none}}`) none are needed")
     if scenario.attached and doors is None:
         raise PlaceFailed(f"{scenario.attached[0]} is a device from outside: say with --listen where it comes in")
@@ -294,7 +293,7 @@ def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doo
         helpers=helper_settings(scenario),
         devices=device_settings(scenario),
         doors=doors,
-        links=choose(shaping, seed=scenario.seed),
+        links=choose(scenario.shaping, seed=scenario.seed),
         congestion=scenario.links.congestion,
         implementation=scenario.broker.implementation,
         logs=logs,
@@ -312,7 +311,7 @@ def compose_place(scenario: Scenario, logs: Path, *, broker: Address) -> Place: 
         helpers=helper_settings(scenario),
         devices=[device for device in devices if device.name not in scenario.attached],
         attached=[device for device in devices if device.name in scenario.attached],
-        links=LinksClient(LINKS_SERVICE) if scenario.shapes_links else None,
+        links=LinksClient(LINKS_SERVICE) if scenario.shaping != "none" else None,
         shaped_by=scenario.links.shaped_by,
         seed=scenario.seed,
     )

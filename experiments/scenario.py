@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from broker.messages import Name
 from experiments.faults import Faults
+from netem.choice import Wanted
 from netem.course import Setting
 from netem.link import BadLink, decode_quantity, encode_quantity, quantity_schema
 from node.settings import TorchDevice
@@ -92,7 +93,7 @@ class DeviceLinks(Setting, frozen=True, kw_only=True):
     """
 
     congestion: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,15}$")] = "cubic"
-    shaped_by: Literal["auto", "netem", "userspace", "none"] = "auto"
+    shaped_by: Wanted = "auto"
 
 
 class Cache(Part, frozen=True, kw_only=True):
@@ -214,11 +215,12 @@ class Scenario(Part, frozen=True, kw_only=True):
         )
 
     @property
-    def shapes_links(self) -> bool:
-        """Whether it says anything of links."""
+    def shaping(self) -> Wanted:
+        """What is to shape links; ``none`` where the scenario says nothing of any."""
         groups = (*(g.links for g in self.devices), *(e.links for e in self.edges), self.cloud and self.cloud.links)
         said = self.links != DeviceLinks() or self.faults.on_links
-        return said or any(setting not in {None, Setting()} for setting in groups)
+        said = said or any(setting not in {None, Setting()} for setting in groups)
+        return self.links.shaped_by if said else "none"
 
 
 class PromptGroup(msgspec.Struct, frozen=True, kw_only=True):

@@ -181,7 +181,7 @@ class Simulator:
         settings, radio = link_settings(scenario), scenario.radio
 
         def drawn(repetition: int) -> dict[str, NodeLinks]:
-            if not scenario.shapes_links:
+            if scenario.shaping == "none":
                 return {}
             found = courses(settings, scenario.seed + repetition, beside)
             links = {node: course.at(0.0) for node, course in found.items()}

@@ -208,14 +208,14 @@ def test_transfers_stand_beside_the_limits_of_their_way() -> None:
 def test_a_scenario_says_what_its_links_are(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("name: s\ndevices: [{count: 2, links: {access: lte}}]\n")
-    assert load_scenario(path).shapes_links
+    assert load_scenario(path).shaping == "auto"
     path.write_text("name: s\ndevices: [{count: 2}]\nlinks: {down: {rate: 20mbits}}\n")
     with pytest.raises(BadScenario, match=r"line 3, at `links\.down\.rate`: '20mbits' is no rate: write it like"):
         load_scenario(path)
     path.write_text("name: s\ndevices: [{count: 2}]\nlinks: {down: {rate: 20mbps}}\n")
     assert load_scenario(path).links.down == LinkState(rate=Rate(160e6))
     path.write_text("name: s\ndevices: [{count: 2}]\n")
-    assert not load_scenario(path).shapes_links
+    assert load_scenario(path).shaping == "none"
 
 
 @pytest.mark.parametrize(
