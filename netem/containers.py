@@ -18,9 +18,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 import docker.errors
 import msgspec
@@ -44,6 +45,9 @@ _ANY: Final = 3  # ETH_P_ALL
 _TO_BRIDGE, _TO_CONTAINER = "semctb", "semctc"  # and the interface's index
 _NO_IPV6_ADDRESS: Final = 1  # IN6_ADDR_GEN_MODE_NONE
 _FIND: Final = "for i in /sys/class/net/*; do echo $(cat $i/address) $(cat $i/iflink); done"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _logger = logging.getLogger("links")
 
@@ -230,6 +234,8 @@ class Service:
         self._shaper: Shaper = PlainShaper()
         self._ends: dict[str, End] = {}
         self._turn = asyncio.Lock()
+        self._shaping = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def run(self, path: Path) -> None:
         """Serve until cancelled; clean what an earlier service left first."""
@@ -243,7 +249,7 @@ class Service:
             async with server:
                 await server.serve_forever()
         finally:
-            self._leave()
+            await self._leave()
             path.unlink(missing_ok=True)  # noqa: ASYNC240  nobody is served any more
 
     def _clean(self) -> None:
@@ -259,42 +265,50 @@ class Service:
 
     def _gone(self, identity: str) -> None:
         for name in [name for name in self._ends if identity.startswith(name)]:
-            self._detach(name)
+            task = asyncio.create_task(self._detach(name))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
 
-    def _detach(self, name: str) -> None:
-        end = self._ends.pop(name)
-        with suppress(OSError, NetlinkError, LinksUnavailable):  # it may be gone with its container
-            self._shaper.detach(end)
+    async def _detach(self, name: str) -> None:
+        end = self._ends.pop(name, None)
+        if end is not None:
+            with suppress(OSError, NetlinkError, LinksUnavailable):  # it may be gone with its container
+                await self._alone(self._shaper.detach, end)
 
-    def _leave(self) -> None:
+    async def _leave(self) -> None:
         for name in list(self._ends):
-            self._detach(name)
-        self._shaper.close()
+            await self._detach(name)
+        await self._alone(self._shaper.close)
         self._shaper = PlainShaper()
+
+    async def _alone(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Call a shaper in a thread, since netlink's calls wait, and one at a time, as shapers want it."""
+        async with self._shaping:
+            return await asyncio.to_thread(call, *arguments, **named)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with self._turn:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     write(writer, await self._answer(await read_question(reader)))
-            self._leave()
+            await self._leave()
         writer.close()
 
     async def _answer(self, question: Question) -> Answer:  # noqa: PLR0911  one for each question
         try:
             if isinstance(question, Use):
-                self._leave()
-                self._shaper = await asyncio.to_thread(choose, question.wanted, question.seed)
+                await self._leave()
+                self._shaper = await self._alone(choose, question.wanted, question.seed)
                 return Using(self._shaper.implementation)
             end = self._ends.get(question.name) or await self._attach(question.name)
             match question:
                 case Shape(link=link):
-                    await asyncio.to_thread(self._shaper.apply, end, link)
+                    await self._alone(self._shaper.apply, end, link)
                     return Done()
                 case Read():
-                    return State(await asyncio.to_thread(self._shaper.read, end))
+                    return State(await self._alone(self._shaper.read, end))
                 case Count():
-                    return await asyncio.to_thread(self._shaper.counters, end) or Done()
+                    return await self._alone(self._shaper.counters, end) or Done()
                 case Pass():
                     seen = traffic(end.interface)
                     return Passed(seen.up, seen.down)
@@ -302,10 +316,13 @@ class Service:
                     return Took(await ping(end.address, patience))
         except (BadLink, LinksUnavailable, NoContainer, NetlinkError, OSError) as error:
             return Refused(str(error))
+        except Exception as error:  # whoever asked waits for an answer
+            _logger.exception("a question could not be answered")
+            return Refused(f"{type(error).__name__}: {error}")
 
     async def _attach(self, name: str) -> End:
         end = await asyncio.to_thread(self._find, name)
-        await asyncio.to_thread(self._shaper.attach, end)
+        await self._alone(self._shaper.attach, end)
         self._ends[name] = end
         _logger.info("the link of %s is %s, %s", name, end.interface, self._shaper.implementation)
         return end
