@@ -1,7 +1,7 @@
 """``report.html``: one file that says what a run did, with its figures and pictures, light and dark.
 
 It needs nothing beside itself: styles, figures (SVG) and pictures stand inline, and it holds no script. The
-figures are also written to ``figures/``. A failed or interrupted run gets a report of what it left.
+figures are also written to ``figures/``, as SVG and PDF. A failed or interrupted run gets a report of what it left.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import msgspec
 import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
 from experiments import figures
+from experiments.drawings import SOURCES, STAGES, Drawing, drawings, read_picture, sources, stages
 from experiments.record import Unwritable
 from experiments.summary import (
     MEASURES,
@@ -33,39 +32,14 @@ from experiments.summary import (
 )
 from semct.runs import Run, RunInfo, load_run
 
-STAGES = {
-    "upload_s": ("upload", "upload"),
-    "collect_s": ("collect", "collect"),
-    "plan_s": ("plan", "plan"),
-    "queue_s": ("queue", "queue"),
-    "cloud_denoise_s": ("cloud denoising", "cloud"),
-    "edge_denoise_s": ("edge denoising", "edge"),
-    "relay_s": ("between nodes", "relay"),
-    "download_s": ("download", "download"),
-    "device_denoise_s": ("device denoising", "device"),
-    "decode_s": ("decode", "decode"),
-    "other_s": ("other", "other"),
-}
-"""Where a request's time goes: the stages in their order, with label and colour name."""
-
-SOURCES = {
-    "energy_edge_j": ("edge", "edge"),
-    "energy_cloud_j": ("cloud", "cloud"),
-    "energy_radio_j": ("radio", "download"),
-    "energy_device_j": ("device", "device"),
-}
-"""Where a request's energy goes."""
-
-_SMALL = 128  # pixels: pictures up to this size stand in the report as they are
-_THUMBNAIL = 256  # pixels: larger ones are scaled down to this
-
 
 class Cell(NamedTuple):
-    """A number of a table: mean, spread or confidence interval below it, and whether it is to stand out."""
+    """A number of a table: mean, confidence interval below it, whether it is to stand out, and its spread."""
 
     text: str
     below: str = ""
     strong: bool = False
+    spread: str = ""
 
 
 class Line(NamedTuple):
@@ -75,20 +49,6 @@ class Line(NamedTuple):
     served: str
     complete: bool
     cells: list[Cell]
-
-
-class Drawing(NamedTuple):
-    """A figure: its file's name, title, what it shows in words, and the SVG."""
-
-    name: str
-    title: str
-    alt: str
-    svg: str
-
-    @property
-    def inline(self) -> Markup:
-        """The figure for the page; its text was escaped when it was drawn."""
-        return Markup(figures.themed(self.svg, self.name))  # noqa: S704
 
 
 class Member(NamedTuple):
@@ -126,17 +86,24 @@ def write_report(folder: Path) -> Path:
     run = load_run(folder)
     page = folder / "report.html"
     try:
-        (folder / "figures").mkdir(exist_ok=True)
-        drawings = list(_drawings(run))
-        for drawing in drawings:
-            (folder / "figures" / f"{drawing.name}.svg").write_text(drawing.svg, encoding="utf-8")
-        page.write_text(_page(run, drawings), encoding="utf-8")
+        found = list(drawings(run))
+        keep_figures(folder, found)
+        page.write_text(_page(run, found), encoding="utf-8")
     except OSError as error:
         raise Unwritable(f"the report cannot be written to {page}: {error.strerror or error}") from error
     return page
 
 
-def _page(run: Run, drawings: Sequence[Drawing]) -> str:
+def keep_figures(folder: Path, found: Sequence[Drawing]) -> None:
+    """Write figures as SVG and PDF below the folder; raises ``OSError``."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for drawing in found:
+        (folder / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
+        (folder / "figures" / f"{drawing.name}.pdf").write_bytes(figures.saved(drawing.figure, "pdf"))
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file, in the colours of the figures."""
     environment = Environment(
         loader=PackageLoader("experiments", "."),
         autoescape=True,
@@ -144,12 +111,18 @@ def _page(run: Run, drawings: Sequence[Drawing]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    light = {name: light for light, (name, _) in figures.PALETTE.items()}
+    return environment.get_template(template).render(light=light, dark=dict(figures.PALETTE.values()), **values)
+
+
+def _page(run: Run, found: Sequence[Drawing]) -> str:
     first = _first_repetition(run.requests)
     frameworks = _frameworks(run)
     summary = summarise(run.requests, frameworks=run.info.frameworks)
     against = _against(run.requests)
     modelled, measured = _provenance(run)
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         info=run.info,
         folder=run.path.resolve().name,
         brief=_brief(run),
@@ -161,9 +134,11 @@ def _page(run: Run, drawings: Sequence[Drawing]) -> str:
         results=_results(summary),
         against=against,
         differences=_differences(run.requests, against) if against else [],
-        drawings={d.name: d for d in drawings},
-        stages=_parts_table(_stages(run.requests), STAGES),
-        sources=_parts_table(_sources(run.requests), SOURCES),
+        drawings={d.name: d for d in found if d.shown},
+        waterfalls=[d.name for d in found if d.name.startswith("waterfall-")],
+        bars=[m.column for m in compared(summary)],
+        stages=_parts_table(stages(run.requests), STAGES),
+        sources=_parts_table(sources(run.requests), SOURCES),
         deviations=_deviations(run.requests),
         repetitions=run.requests["repetition"].n_unique(),
         clusters=[(name, _groups(first.filter(pl.col("framework") == name))) for name in frameworks],
@@ -172,8 +147,6 @@ def _page(run: Run, drawings: Sequence[Drawing]) -> str:
         same_noise=_same_noise(first),
         nodes=_nodes(run.nodes),
         links=run.links.to_dicts(),
-        light={name: light for light, (name, _) in figures.PALETTE.items()},
-        dark=dict(figures.PALETTE.values()),
         scenario=run.scenario,
     )
 
@@ -352,11 +325,17 @@ def _results(summary: pl.DataFrame) -> list[Line]:
 
 
 def _means(summary: pl.DataFrame, measure: Measure, strong: Sequence[bool]) -> list[Cell]:
-    means, spreads = summary[measure.column].to_list(), summary[f"{measure.column}_std"].to_list()
+    means = summary[measure.column].to_list()
+    halves, spreads = summary[f"{measure.column}_ci95"].to_list(), summary[f"{measure.column}_std"].to_list()
     places = decimals(means)
     return [
-        Cell(_number(mean, places), f"± {spread:.{places}f}" if spread is not None else "", wins)
-        for mean, spread, wins in zip(means, spreads, strong, strict=True)
+        Cell(
+            _number(mean, places),
+            f"± {half:.{places}f}" if half is not None else "",
+            wins,
+            f"sd {spread:.{places}f}" if spread is not None else "",
+        )
+        for mean, half, spread, wins in zip(means, halves, spreads, strong, strict=True)
     ]
 
 
@@ -387,69 +366,6 @@ def _number(value: float | None, places: int, *, sign: bool = False) -> str:
     if value is None:
         return "-"
     return f"{value:{'+' if sign else ''}.{places}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _drawings(run: Run) -> Iterator[Drawing]:
-    summary = summarise(run.requests, frameworks=run.info.frameworks)
-    if not summary["answered"].sum():
-        return
-    for measure in MEASURES:
-        alt = f"Bars of mean {measure.label} per framework: {_spoken(summary, measure)}"
-        yield Drawing(measure.column, measure.title[0].upper() + measure.title[1:], alt, figures.bars(summary, measure))
-    yield Drawing(
-        "tradeoff",
-        "Content quality against service latency",
-        "A point per framework, whiskers are standard deviations over users; better is up and to the left. "
-        "The numbers stand in the table of results.",
-        figures.tradeoff(summary),
-    )
-    for name, title, parts, columns, unit in (
-        ("where-time-went", "Where a request's time went", _stages(run.requests), STAGES, "mean seconds"),
-        (
-            "where-energy-went",
-            "Where a request's energy went",
-            _sources(run.requests),
-            SOURCES,
-            "mean joules",
-        ),
-    ):
-        used = {c: v for c, v in columns.items() if parts[c].sum()}
-        if used:
-            alt = f"Stacked bars of {unit} per answered request; the numbers stand in the table beside them."
-            yield Drawing(name, title, alt, figures.stacked(parts, used, unit=unit))
-    compared = [m for m in PREDICTED if run.requests.drop_nulls([m.column, f"predicted_{m.column}"]).height]
-    if compared:
-        yield Drawing(
-            "predictions",
-            "Each request, predicted and measured",
-            "A point per request; on the dashed line prediction and measurement agree.",
-            figures.predictions(run.requests, compared, summary["framework"].to_list()),
-        )
-
-
-def _spoken(summary: pl.DataFrame, measure: Measure) -> str:
-    places = decimals(summary[measure.column].to_list())
-    pairs = summary.select("framework", measure.column).iter_rows()
-    return ", ".join(f"{name} {_number(mean, places)}" for name, mean in pairs)
-
-
-def _stages(requests: pl.DataFrame) -> pl.DataFrame:
-    """Mean seconds of each stage over answered requests; ``other_s`` is what no stage claims."""
-    stages = [c for c in STAGES if c != "other_s"]
-    return (
-        requests.filter(pl.col("outcome") != "failed")
-        .with_columns(other_s=(pl.col("latency_s") - pl.sum_horizontal(stages)).clip(lower_bound=0))
-        .group_by("framework", maintain_order=True)
-        .agg(pl.col([*stages, "other_s"]).mean())
-    )
-
-
-def _sources(requests: pl.DataFrame) -> pl.DataFrame:
-    return (
-        requests.filter(pl.col("outcome") != "failed")
-        .group_by("framework", maintain_order=True)
-        .agg(pl.col(list(SOURCES)).mean())
-    )
 
 
 def _parts_table(parts: pl.DataFrame, columns: dict[str, tuple[str, str]]) -> tuple[list[str], list[Line]]:
@@ -529,28 +445,19 @@ def _tile(folder: Path, row: dict[str, Any] | None, places: int, top: float | No
 
 
 def _data_uri(folder: Path, image: str) -> str:
-    """A picture of the run as data URI, scaled down where it is large; empty if there is none to be read."""
-    path = (folder / image).resolve()
-    if not path.is_relative_to(folder.resolve()):  # a record may come from anywhere
+    """A picture of the run as data URI; empty if there is none to be read."""
+    picture = read_picture(folder, image)
+    if picture is None:
         return ""
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            if max(picture.size) <= _SMALL:
-                picture.verify()
-                return _uri("png", content)
-            small = picture.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ):  # all that Pillow raises on bad files
-        return ""
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=85)
+    if max(picture.size) <= _SMALL:
+        picture.save(buffer, "PNG", optimize=True)
+        return _uri("png", buffer.getvalue())
+    picture.save(buffer, "WEBP", quality=85)
     return _uri("webp", buffer.getvalue())
+
+
+_SMALL = 128  # pixels: pictures up to this size lose nothing in the report
 
 
 def _uri(kind: str, content: bytes) -> str:

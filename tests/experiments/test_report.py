@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,25 @@ from xml.etree import ElementTree as ET
 
 import msgspec
 import numpy as np
+import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from experiments import drawings
+from experiments.figures import pareto
 from experiments.record import RunFolder, Unwritable
 from experiments.report import write_report
-from semct.runs import FaultRow, LinkRow, NodeRow, NotARun, RequestRow
+from semct.runs import FaultRow, LinkRow, NodeRow, NotARun, RequestRow, StageRow, schema
 
 FRAMEWORKS = ("semct", "edge-device", "device-only")
+FIGURES = {
+    "clusters", "energy-by-node", "energy_j", "latency_s", "links", "pictures", "predictions", "quality", "tflop",
+    "tradeoff", "utility", "waterfall-device-only", "waterfall-edge-device", "waterfall-semct", "where-energy-went",
+    "where-time-went",
+}  # fmt: skip
+INLINE = FIGURES - {"pictures"}
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&$x^2$ {{ 7 * 7 }}"""
 
 
@@ -42,6 +54,21 @@ def request(framework: str, user: int, **changes: Any) -> RequestRow:
     return msgspec.structs.replace(row, **changes)
 
 
+def course(row: RequestRow) -> Iterator[StageRow]:
+    """The stages of a request under way for four seconds, on a testbed twice as slow as the world it emulates."""
+    at = 1e9
+    for name, node, to, seconds in (
+        ("transfer", row.device, "edge", 0.1), ("plan", "edge", None, 0.9), ("denoise", "edge", None, 1.5),
+        ("transfer", "edge", row.device, 0.5), ("denoise", row.device, None, 1.0),
+    ):  # fmt: skip
+        wall = seconds if name == "plan" else 2 * seconds
+        yield StageRow(
+            round=row.round, framework=row.framework, request=row.request, name=name, node=node, to=to, start=at,
+            stop=at + wall, seconds=seconds,
+        )  # fmt: skip
+        at += wall
+
+
 def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1, late: float | None = None) -> Path:
     with RunFolder.create(root, "quickstart") as folder:
         folder.update(frameworks=FRAMEWORKS, compute="emulated", link="unshaped", seed=7)
@@ -52,6 +79,8 @@ def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1
                     row = request(framework, user, repetition=repetition, round=f"{repetition}-{framework}")
                     image = folder.image(framework, f"r{repetition}-u{user}", picture)
                     folder.add(msgspec.structs.replace(row, image=image))
+                    for stage in course(row):
+                        folder.add(stage)
                 folder.add(
                     NodeRow(
                         round=f"{repetition}-{framework}", framework=framework, node="edge", role="edge",
@@ -61,7 +90,8 @@ def recorded(root: Path, *, users: int = 3, size: int = 64, repetitions: int = 1
         folder.add(
             LinkRow(
                 round="0-semct", framework="semct", node="device-0", implementation="userspace",
-                requested_up_rate_bps=5e6, up_late_s=late,
+                requested_up_rate_bps=5e6, measured_up_rate_bps=4.8e6, requested_down_delay_s=0.02,
+                measured_down_delay_s=0.021, up_late_s=late,
             )
         )  # fmt: skip
     return folder.path
@@ -113,10 +143,7 @@ def test_a_finished_run(finished: Path) -> None:
         assert words.strip("“”") in page.text, words
     assert "Before you read the numbers" not in page.text
     assert len(page.attributes("img", "src")) == 9
-    assert sorted(p.name for p in (finished / "figures").iterdir()) == [
-        "energy_j.svg", "latency_s.svg", "predictions.svg", "quality.svg", "tflop.svg", "tradeoff.svg",
-        "utility.svg", "where-energy-went.svg", "where-time-went.svg",
-    ]  # fmt: skip
+    assert {p.name for p in (finished / "figures").iterdir()} == {f"{n}.{k}" for n in FIGURES for k in ("svg", "pdf")}
 
 
 def test_it_needs_nothing_beside_itself(finished: Path) -> None:
@@ -134,19 +161,19 @@ def test_ids_are_unique_and_pictures_have_words(finished: Path) -> None:
     assert len(ids) == len(set(ids))
     assert "semct: a cat with 1 hats" in page.attributes("img", "alt")
     drawings = [a for tag, a in page.elements if a.get("role") == "img"]
-    assert len(drawings) == 9
+    assert len(drawings) == len(INLINE)
     assert all(a.get("aria-label") for a in drawings)
 
 
 def test_figures_follow_the_pages_colours_and_stand_alone_as_files(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(drawings) == 9
+    assert len(drawings) == len(INLINE)
     for drawing in drawings:
         assert re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", drawing) == []
-    for file in (finished / "figures").iterdir():
+    for file in (finished / "figures").glob("*.svg"):
         root = ET.parse(file).getroot()  # noqa: S314  our own file
-        assert float(str(root.get("width")).removesuffix("pt")) == pytest.approx(3.4 * 72)
+        assert float(str(root.get("width")).removesuffix("pt")) == pytest.approx(3.5 * 72)
         assert "var(" not in file.read_text(encoding="utf-8")
 
 
@@ -281,3 +308,32 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(NotARun):
         write_report(tmp_path)
+
+
+def test_figures_fit_a_column_and_their_text_can_be_read(finished: Path) -> None:
+    for file in (finished / "figures").glob("*.svg"):
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?:\s?(?:[a-z]+ )*([\d.]+)px", file.read_text())]
+        assert sizes or file.name == "pictures.svg"
+        assert min(sizes, default=7) >= 7, file.name  # matplotlib's px are points
+    for file in (finished / "figures").glob("*.pdf"):
+        (box,) = re.findall(rb"/MediaBox \[ ?0 0 ([\d.]+) ", file.read_bytes())
+        assert float(box) == pytest.approx(3.5 * 72)
+
+
+def test_a_waterfall_lays_stages_end_to_end_in_the_emulated_world(tmp_path: Path) -> None:
+    rows = [msgspec.structs.asdict(stage) for stage in course(request("semct", 0))]
+    course_of = pl.DataFrame(rows, schema=schema(StageRow))
+    spans = drawings._spans(course_of, device="device-0", roles={"edge": "edge"}, slowdown=2.0)
+    assert [s.part for s in spans] == ["upload_s", "plan_s", "edge_denoise_s", "download_s", "device_denoise_s"]
+    assert [s.start for s in spans] == pytest.approx([0.0, 0.1, 1.0, 2.5, 3.0])
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    assert pareto([(2, 0.9), (1, 0.5), (3, 0.8), (1, 0.4), (4, 0.9)]) == [(1, 0.5), (2, 0.9)]
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), min_size=1, max_size=20))
+def test_every_point_is_on_the_front_or_beaten_by_it(points: list[tuple[float, float]]) -> None:
+    front = pareto(points)
+    assert set(front) <= set(points)
+    assert all(any(cost <= a and worth >= b for cost, worth in front) for a, b in points)
