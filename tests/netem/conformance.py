@@ -98,7 +98,7 @@ class Conformance:
     """MODULE:CLASS"""
     delay_within: ClassVar[float]
     """Seconds between the median round trip and the delay asked for in one direction."""
-    fifty_at_mbit: ClassVar[int] = 20
+    fifty_at_mbit: ClassVar[int] = 8  # 400 Mbit/s in all: two slow cores, which also play all fifty ends, move 520
 
     @DIRECTIONS
     @pytest.mark.parametrize("delay", [5, 20, 100])
