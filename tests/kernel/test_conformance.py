@@ -13,9 +13,9 @@ pytestmark = pytest.mark.kernel
 class TestNetem(Conformance):
     links: ClassVar = "netem.kernel:NetemLinks"
     delay_within: ClassVar = 0.0006
-    fifty_at_mbit: ClassVar = 5  # 22,000 packets/s: User Mode Linux has one processor and a costly timer
+    fifty_at_mbit: ClassVar = 1  # 4,500 packets/s: User Mode Linux has one processor and a costly timer
 
 
-def test_fifty_links_at_20_mbit_with_large_packets(record_property: Callable[[str, object], None]) -> None:
+def test_fifty_links_with_large_packets(record_property: Callable[[str, object], None]) -> None:
     """The same number of packets, so that it fits on one processor too."""
-    check_fifty("tests.kernel.variants:LargePackets", 20, record_property)
+    check_fifty("tests.kernel.variants:LargePackets", 4, record_property)
