@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
-from broker.messages import Ask, Birth, Close, Name, Picture, Ping, Request, Result, Segment, Watch, Work
+from broker.messages import Ask, Close, Name, Picture, Request, Result, Segment, Work
 from broker.session import Incoming, Session
-from broker.topics import Topics
-from node.reporting import Reporter
-from node.serving import Deliveries, answer, deliver, tasks_until_end
+from node.service import service
+from node.serving import Deliveries, deliver
 from node.settings import NodeSettings
 from node.worker import Worker, received
 
@@ -59,48 +57,19 @@ class DeviceNode:
 
     async def run(self) -> bool:
         """Connect and serve; returns when told to leave, and whether the testbed ends."""
-        s = self._settings
-        birth = Birth(
-            name=s.name,
-            role="device",
-            state="ready",
-            models=self._worker.models,
-            compute=self._worker.compute,
-            host=socket.gethostname(),
-            started=time.time(),
-        )
-        filters = Topics(s.testbed).to_node(s.name)
-        async with (
-            Session(
-                s.host,
-                s.port,
-                testbed=s.testbed,
-                name=s.name,
-                birth=birth,
-                subscriptions=filters,
-                credentials=s.shown(),
-            ) as session,
-            tasks_until_end() as tasks,
-        ):
-            reporter = Reporter(session)
-            tasks.create_task(self._worker.drive(reporter))
-            async for incoming in session:
+        async with service(self._settings, self._worker, role="device") as bus:
+            async for incoming in bus.messages():
                 match incoming.message:
                     case Ask() as ask if self._deliveries.is_first("ask", ask.round, ask.request, ask.attempt):
-                        self._ask(session, tasks, ask)
+                        self._ask(bus.session, bus.tasks, ask)
                     case Work() as work if self._deliveries.is_first_work(work):
-                        tasks.create_task(self._serve(session, tasks, work, incoming))
-                    case Ping() as ping:
-                        tasks.create_task(answer(session, ping, incoming))
-                    case Watch() as order:
-                        reporter.watch(order)
-                    case Close(round=None, ends=ends):
-                        return ends
+                        bus.tasks.create_task(self._serve(bus.session, bus.tasks, work, incoming))
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         self._forget(round_id)
                         spent = self._worker.spent(round_id)
-                        tasks.create_task(deliver(session, session.topics.own(s.name, "spent"), spent))
-        raise AssertionError("a session does not end by itself")
+                        topic = bus.session.topics.own(self._settings.name, "spent")
+                        bus.tasks.create_task(deliver(bus.session, topic, spent))
+        return bus.ends
 
     def _ask(self, session: Session, tasks: asyncio.TaskGroup, ask: Ask) -> None:
         """Ask the edge for a picture, for the first time or because it may have forgotten."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
 import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
-from broker.messages import Birth, Close, Ping, Planned, Request, Round, Segment, Stage, Watch, Work
+from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
 from edge_node.planning import Planner
-from node.reporting import Reporter
-from node.serving import Deliveries, answer, deliver, tasks_until_end
+from node.service import service
+from node.serving import Deliveries, deliver
 from node.settings import NodeSettings
 from node.worker import Worker, received
 from semct import frameworks
@@ -107,56 +106,26 @@ class EdgeNode:
 
     async def run(self) -> bool:
         """Connect and serve; returns when told to leave, and whether the testbed ends."""
-        s = self._settings
-        birth = Birth(
-            name=s.name,
-            role=s.kind,
-            state="ready",
-            models=self._worker.models,
-            compute=self._worker.compute,
-            host=socket.gethostname(),
-            started=time.time(),
-        )
-        topics = Topics(s.testbed)
-        filters = (*topics.to_node(s.name), topics.every("birth"))
-        if self._plans is not None:
-            filters += (topics.every("request"),)
-        async with (
-            Session(
-                s.host,
-                s.port,
-                testbed=s.testbed,
-                name=s.name,
-                birth=birth,
-                subscriptions=filters,
-                credentials=s.shown(),
-            ) as session,
-            tasks_until_end() as tasks,
-        ):
-            reporter = Reporter(session)
-            tasks.create_task(self._worker.drive(reporter))
-            async for incoming in session:
+        topics, plans = Topics(self._settings.testbed), self._plans is not None
+        also = (topics.every("birth"), *((topics.every("request"),) if plans else ()))
+        async with service(self._settings, self._worker, role=self._settings.kind, also=also) as bus:
+            async for incoming in bus.messages():
                 match incoming.message:
                     case Birth() as other if other.name == incoming.topic.node:
                         self._meet(other)
-                    case Round() as order if self._plans is not None:
+                    case Round() as order if plans:
                         self._open(order)
-                    case Request() as request if self._plans is not None:
-                        self._gather(session, tasks, request, incoming)
+                    case Request() as request if plans:
+                        self._gather(bus.session, bus.tasks, request, incoming)
                     case Work() as work if self._deliveries.is_first_work(work):
-                        tasks.create_task(self._take(session, work, incoming))
-                    case Ping() as ping:
-                        tasks.create_task(answer(session, ping, incoming))
-                    case Watch() as order:
-                        reporter.watch(order)
-                    case Close(round=None, ends=ends):
-                        return ends
+                        bus.tasks.create_task(self._take(bus.session, work, incoming))
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
                         spent = self._worker.spent(round_id)
                         if over := self._close(round_id):
                             spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
-                        tasks.create_task(deliver(session, session.topics.own(s.name, "spent"), spent))
-        raise AssertionError("a session does not end by itself")
+                        topic = bus.session.topics.own(self._settings.name, "spent")
+                        bus.tasks.create_task(deliver(bus.session, topic, spent))
+        return bus.ends
 
     def _open(self, order: Round) -> None:
         """Take requests of this round from now on; the order may come again."""

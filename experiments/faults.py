@@ -69,14 +69,16 @@ class Faults(Part, frozen=True, kw_only=True):
     @property
     def on_links(self) -> bool:
         """Whether any of them happens to a link."""
-        kinds = {fault.what for fault in self.script} | set(self.random.what if self.random else ())
-        return bool(kinds & ON_LINKS)
+        return bool(self._kinds & ON_LINKS)
 
     @property
     def on_nodes(self) -> bool:
         """Whether any of them happens to a node or the broker, which not every place can break."""
-        kinds = {fault.what for fault in self.script} | set(self.random.what if self.random else ())
-        return bool(kinds - ON_LINKS)
+        return bool(self._kinds - ON_LINKS)
+
+    @property
+    def _kinds(self) -> set[What]:
+        return {fault.what for fault in self.script} | set(self.random.what if self.random else ())
 
     def problem(self, links: Mapping[str, bool]) -> str:
         """One sentence about what cannot be; ``links`` are the scenario's nodes, and whether each has a link."""

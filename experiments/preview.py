@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker import messages
-from experiments.runner import device_settings
+from experiments.node_settings import device_settings
 from experiments.scenario import BadScenario, PromptSet, Scenario
 from experiments.simulation import Simulator, with_users
 from semct.routes import Plan, Prediction, shared_steps, wording

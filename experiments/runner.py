@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import random
 import signal
 import time
@@ -18,8 +17,6 @@ from broker.address import Address
 from broker.messages import Ask, Birth, Close, LinkNow, Picture, Ping, Planned, Pong, Result, Round, Spent
 from broker.session import Incoming, Session
 from broker.topics import Topics
-from device_node.node import DeviceSettings
-from edge_node.node import EdgeSettings
 from experiments import rows
 from experiments.breaking import Breaker
 from experiments.clocks import PATIENCE, PINGS, Clocks
@@ -29,28 +26,32 @@ from experiments.links import LinkControl, courses
 from experiments.live.gate import Gate
 from experiments.live.show import Show
 from experiments.metering import share_out, without_meter
+from experiments.node_settings import (
+    EDGE,
+    TESTBED,
+    device_settings,
+    edge_settings,
+    helper_settings,
+    link_settings,
+    weights,
+)
 from experiments.places import Place, PlaceFailed
 from experiments.places.compose import ComposePlace
-from experiments.places.local import HOST, LocalPlace
+from experiments.places.local import LocalPlace
 from experiments.progress import Watcher
 from experiments.record import RunFolder
-from experiments.scenario import Devices, Edge, Scenario, arrival_times, load_prompts, to_yaml
+from experiments.scenario import Scenario, arrival_times, load_prompts, to_yaml
 from experiments.served import Served
 from netem.choice import choose
 from netem.container_control import LinksClient
-from netem.course import Setting
 from node.serving import tasks_until_end
 from semct import frameworks
-from semct.cache import CacheSettings
 from semct.compute import check_names
-from semct.cost import Kind, Weights
+from semct.cost import Kind
 from semct.quality import load_quality_model
 from semct.runs import RequestRow, Row
 
 RUNNER = "runner"
-EDGE = "edge"
-CLOUD = "cloud"
-TESTBED = "local"
 
 LINKS_SERVICE = Path("/run/semct/links.sock")
 """Where the service answers that shapes the links of containers."""
@@ -312,7 +313,7 @@ def compose_place(scenario: Scenario, logs: Path, *, broker: Address) -> Place: 
         devices=[device for device in devices if device.name not in scenario.attached],
         attached=[device for device in devices if device.name in scenario.attached],
         links=LinksClient(LINKS_SERVICE) if scenario.shaping != "none" else None,
-        shaped_by=scenario.links.shaped_by,
+        shaped_by=scenario.shaping,
         seed=scenario.seed,
     )
 
@@ -433,7 +434,8 @@ async def _rounds(
     references = rows.predicted_references(
         {d: computes.get(d, computes[EDGE]) for d in runner.devices}, scenario, edge=EDGE, quality=float(alone)
     )
-    show.rate(lambda found: rows.with_utility(found, weights(scenario), references))
+    rated = functools.partial(rows.with_utility, weights=weights(scenario), references=references)
+    show.rate(rated)
     settings = link_settings(scenario)
     unanswered: dict[str, str] = {}
     total = scenario.repetitions * len(scenario.frameworks)
@@ -466,7 +468,7 @@ async def _rounds(
             unanswered |= served.unanswered
             watcher.note(f"{framework}: {len(served.answered)} of {len(served.prompts)} users have their picture")
         found = await asyncio.to_thread(with_difference, found, folder.path)
-        for row in rows.with_utility(found, weights(scenario), references):
+        for row in rated(found):
             folder.add(row)
     watcher.rounds(total, total)
     await runner.dismiss()
@@ -525,84 +527,6 @@ def drawn_prompts(scenario: Scenario, prompts: Sequence[str], repetition: int) -
     if scenario.prompts.shuffle:
         random.Random(f"{scenario.seed}/{repetition}").shuffle(drawn)  # noqa: S311  no secret
     return [drawn[i % len(drawn)] for i in range(scenario.users)]
-
-
-def device_settings(scenario: Scenario) -> list[DeviceSettings]:
-    """The settings of every device of a scenario, named device-1, device-2, ..., or as an attached one is."""
-    groups = [group for group in scenario.devices for _ in range(group.count)]
-    return [
-        DeviceSettings(
-            name=group.attached or f"device-{number}",
-            edge=EDGE,
-            **(_shared(scenario, group) | ({"profile": "native"} if group.attached else {})),
-        )
-        for number, group in enumerate(groups, 1)
-    ]
-
-
-def link_settings(scenario: Scenario) -> dict[str, Setting]:
-    """What the scenario says of every node's link, devices first."""
-    names = iter(d.name for d in device_settings(scenario))
-    settings = {next(names): g.links or scenario.links for g in scenario.devices for _ in range(g.count)}
-    others = [e.links for e in scenario.edges for _ in range(e.count)]
-    if scenario.cloud is not None:
-        others.append(scenario.cloud.links)
-    return settings | {h.name: setting for h, setting in zip(helper_settings(scenario), others, strict=True)}
-
-
-def helper_settings(scenario: Scenario) -> list[EdgeSettings]:
-    """The settings of the edge nodes beside the planning one (edge-2, edge-3, ...) and of the cloud."""
-    edges = [group for group in scenario.edges for _ in range(group.count)]
-    helpers = [_site(scenario, node, f"{EDGE}-{number}") for number, node in enumerate(edges, 2)]
-    if scenario.cloud is not None:
-        helpers.append(msgspec.structs.replace(_site(scenario, scenario.cloud, CLOUD), kind="cloud"))
-    return helpers
-
-
-def edge_settings(scenario: Scenario) -> EdgeSettings:
-    """The settings of a scenario's planning edge."""
-    return msgspec.structs.replace(
-        _site(scenario, scenario.edge, EDGE),
-        plans=True,
-        threads=max(1, len(os.sched_getaffinity(0)) // 2),
-        small_model=scenario.small_model,
-        clusters=scenario.planning.clusters,
-        weights=weights(scenario),
-        most_shared=scenario.planning.most_shared,
-        tier=scenario.planning.tier,
-        quality=scenario.planning.quality,
-        writer=scenario.planning.writer,
-        cache=msgspec.convert(scenario.planning.cache, CacheSettings, from_attributes=True),
-    )
-
-
-def _site(scenario: Scenario, node: Edge, name: str) -> EdgeSettings:
-    """The settings of an edge or cloud node that does not plan."""
-    return EdgeSettings(name=name, rows=node.rows, plans=False, **_shared(scenario, node))
-
-
-def _shared(scenario: Scenario, node: Edge | Devices) -> dict[str, Any]:
-    """What the settings of all kinds of node have in common; a node holds the scenario's model first."""
-    return {
-        "testbed": TESTBED,
-        "host": HOST,
-        "port": scenario.broker.port,
-        "models": tuple(dict.fromkeys((scenario.model, *node.models))),
-        "profile": node.compute,
-        "emulated_models": {
-            scenario.model: scenario.emulated_model,
-            scenario.small_model: scenario.emulated_small_model,
-        },
-        "slowdown": scenario.slowdown,
-        "latent_dtype": scenario.latent_dtype,
-        "torch_device": node.torch_device,
-    }
-
-
-def weights(scenario: Scenario) -> Weights:
-    """The weights of a scenario's utility."""
-    u = scenario.utility
-    return Weights(quality=u.quality, latency=u.latency, energy=u.energy)
 
 
 def _pace(profiles: set[str]) -> str:

@@ -26,8 +26,9 @@ from broker import messages
 from edge_node.planning import NodeLinks, Planner
 from edge_node.process import load_writer
 from experiments.links import courses
+from experiments.node_settings import device_settings, edge_settings, helper_settings, link_settings
 from experiments.record import Provenance, new_folder, provenance
-from experiments.runner import device_settings, drawn_prompts, edge_settings, helper_settings, link_settings
+from experiments.runner import drawn_prompts
 from experiments.scenario import Scenario, load_prompts, load_scenario, to_yaml
 from experiments.summary import render, summarise, write_csv
 from netem.course import Setting, resolve
