@@ -1,7 +1,6 @@
 """Shaping both directions of a link at one end, as for a container; the packets are measured as in the table."""
 
 import json
-import statistics
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from netem.link import MTU
-from tests.netem.conformance import DIRECTIONS, ROOT, Direction, interval, losses, play, settled
+from tests.netem.conformance import DIRECTIONS, ROOT, Direction, check_delay, interval, losses, play, settled
 
 pytestmark = pytest.mark.kernel
 
@@ -18,11 +17,7 @@ LINKS = "tests.kernel.variants:OneEndLinks"
 
 @DIRECTIONS
 def test_delay(direction: Direction) -> None:
-    def late() -> float:
-        trips = play(LINKS, "delay", direction=direction, state={"delay": "20ms"}, count=21)
-        return float(statistics.median(trips)) - 0.02
-
-    assert abs(settled(3, late, lambda late: abs(late) < 0.0006)) < 0.0006
+    check_delay(LINKS, direction, 20, within=0.0006)
 
 
 @DIRECTIONS

@@ -70,6 +70,30 @@ def settled(attempts: int, measure: Callable[[], Result], holds: Callable[[Resul
     return measure()
 
 
+def lateness_of_timers(seconds: float) -> float:
+    """Seconds by which the middle one of 21 sleeps is too long here: a busy or slow machine's clock runs late."""
+
+    def late() -> float:
+        began = time.monotonic()
+        time.sleep(seconds)
+        return time.monotonic() - began - seconds
+
+    return statistics.median(late() for _ in range(21))
+
+
+def check_delay(links: str, direction: Direction, delay: int, *, within: float) -> float:
+    """Check a delay of so many milliseconds in one direction; returns how many of them it is late."""
+
+    def late() -> float:
+        trips = play(links, "delay", direction=direction, state={"delay": f"{delay}ms"}, count=21)
+        return float(statistics.median(trips)) - delay / 1000
+
+    within += lateness_of_timers(delay / 1000)
+    found = settled(3, late, lambda late: abs(late) < within)
+    assert abs(found) < within, f"{1000 * found:.3f} ms late, of {1000 * within:.3f} allowed"
+    return round(found * 1000, 3)
+
+
 def losses(arrived: list[Any], sent: int) -> Iterator[bool]:
     """For each datagram sent whether it was lost."""
     numbers = {number for number, *_ in arrived}
@@ -97,19 +121,13 @@ class Conformance:
     links: ClassVar[str]
     """MODULE:CLASS"""
     delay_within: ClassVar[float]
-    """Seconds between the median round trip and the delay asked for in one direction."""
+    """Seconds between the median round trip and the delay asked for in one direction, where timers are on time."""
     fifty_at_mbit: ClassVar[int] = 8  # 400 Mbit/s in all: two slow cores, which also play all fifty ends, move 520
 
     @DIRECTIONS
     @pytest.mark.parametrize("delay", [5, 20, 100])
     def test_delay(self, direction: Direction, delay: int, record_property: Callable[[str, object], None]) -> None:
-        def error() -> float:
-            trips = play(self.links, "delay", direction=direction, state={"delay": f"{delay}ms"}, count=21)
-            return float(statistics.median(trips)) - delay / 1000
-
-        late = settled(3, error, lambda late: abs(late) < self.delay_within)
-        record_property("late_ms", round(late * 1000, 3))
-        assert abs(late) < self.delay_within
+        record_property("late_ms", check_delay(self.links, direction, delay, within=self.delay_within))
 
     @pytest.mark.parametrize(
         ("direction", "distribution", "deviation"),
