@@ -40,9 +40,6 @@ _LONGEST: Final = 2**20  # bytes of a question or an answer
 
 def courses(settings: Mapping[str, Setting], seed: int, beside: Path) -> dict[str, Course]:
     """The course of every node's link, devices first; ``beside`` is where trace files lie. Raises ``BadScenario``."""
-    last = max((change.device or 0 for setting in settings.values() for change in setting.changes), default=0)
-    if last > len(settings):
-        raise BadScenario(f"the scenario changes the link of device {last}, and there are {len(settings)}")
     try:
         return {node: resolve(setting, n, seed, beside) for n, (node, setting) in enumerate(settings.items(), 1)}
     except (BadLink, OSError) as error:

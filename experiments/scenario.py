@@ -217,10 +217,15 @@ class Scenario(Part, frozen=True, kw_only=True):
     @property
     def shaping(self) -> Wanted:
         """What is to shape links; ``none`` where the scenario says nothing of any."""
-        groups = (*(g.links for g in self.devices), *(e.links for e in self.edges), self.cloud and self.cloud.links)
         said = self.links != DeviceLinks() or self.faults.on_links
-        said = said or any(setting not in {None, Setting()} for setting in groups)
+        said = said or any(setting != Setting() for setting in self.own_links)
         return self.links.shaped_by if said else "none"
+
+    @property
+    def own_links(self) -> list[Setting]:
+        """What single groups say of their links."""
+        groups = (*self.devices, *self.edges, *((self.cloud,) if self.cloud else ()))
+        return [group.links for group in groups if group.links is not None]
 
 
 class PromptGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +263,9 @@ def load_scenario(path: Path) -> Scenario:
         raise BadScenario(f"{path}: `arrivals` must give each of {scenario.users} devices a time, it gives {times}")
     if scenario.small_model == scenario.model:
         raise BadScenario(f"{path}: `small_model` must be another model than `model`, both are {scenario.model!r}")
+    last = max((c.device or 0 for links in (scenario.links, *scenario.own_links) for c in links.changes), default=0)
+    if last > scenario.users:
+        raise BadScenario(f"{path}: `changes` has the link of device {last} change, and there are {scenario.users}")
     if scenario.faults.on_links and scenario.links.shaped_by == "none":
         raise BadScenario(f"{path}: faults on links need links that are shaped, `links.shaped_by` is none")
     if wrong := scenario.faults.problem(scenario.nodes):

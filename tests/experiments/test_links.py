@@ -159,12 +159,6 @@ async def test_a_link_of_a_device_that_has_ended_is_left_alone() -> None:
             pass
 
 
-def test_a_change_of_no_device_is_refused() -> None:
-    setting = Setting(changes=(Change(at=Moment(1), device=3, up=StateChange(rate=Rate("1mbit"))),))
-    with pytest.raises(BadScenario, match="changes the link of device 3, and there are 1"):
-        courses({"device-1": setting}, 0, Path())
-
-
 def test_changes_are_written_as_tc_users_write_them() -> None:
     assert parse_change("rate 2mbit delay 50ms") == StateChange(rate=Rate(2e6), delay=Duration(0.05))
     assert parse_change("rate=2mbit, limit=30") == StateChange(rate=Rate(2e6), limit=30)

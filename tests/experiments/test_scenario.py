@@ -59,6 +59,10 @@ def test_defaults_are_spelled_out_and_read_back(tmp_path: Path) -> None:
         ("name: [\n", "line 2: this is no YAML"),
         ("", "expected `object`, got `null`"),
         ("name: x\ndevices: [{count: 2000}]\n", "at most 1000 devices"),
+        (
+            "name: x\ndevices: [{count: 2}]\ncloud: {}\nlinks: {changes: [{at: 1s, device: 3, up: {rate: 1mbit}}]}\n",
+            "`changes` has the link of device 3 change, and there are 2",
+        ),
         ("name: x\ndevices: [{count: 2}]\narrivals: [0.5]\n", "each of 2 devices a time, it gives 1"),
         ("name: x\ndevices: [{count: 2}]\narrivals: {poisson: 0}\n", "line 3, at `arrivals.poisson` '0'"),
         ("name: x\ndevices: [{count: 2}]\narrivals: {rate: 2}\n", "there is no key 'rate' here; there is poisson"),
