@@ -282,10 +282,10 @@ class Picture(Message, frozen=True, kw_only=True):
 
 
 class Planned(Message, frozen=True, kw_only=True):
-    """Edge to runner: what was planned for a round, as the planner's own structure.
+    """Edge to runner: what was planned for a batch of a round's requests, as the planner's own structure.
 
     ``plan`` is msgpack of the method's Plan; ``seconds`` the wall time that each part of planning took, which
-    ``began`` then.
+    ``began`` then: that tells batches apart. Where several met, each is told again when the round is over.
     """
 
     round: Identifier

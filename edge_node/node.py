@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ import msgspec
 from broker.messages import Birth, Close, Planned, Request, Round, Segment, Stage, Work
 from broker.session import Incoming, Session
 from broker.topics import Topics
-from edge_node.planning import Planner
+from edge_node.planning import Departure, Planner
 from node.service import service
 from node.serving import Deliveries, deliver
 from node.settings import NodeSettings
@@ -53,7 +54,10 @@ class EdgeSettings(NodeSettings, frozen=True, kw_only=True):
 
 @dataclass(eq=False)
 class _Gathering:
-    """A round: its requests that wait for their plan, those that have come and of whom, and devices lost meanwhile."""
+    """A round: its requests that wait for their plan, those that have come and of whom, and devices lost meanwhile.
+
+    ``departures`` are the batches that were planned and sent on their way.
+    """
 
     order: Round
     waiting: dict[str, Incoming] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class _Gathering:
     lost: set[str] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     answering: asyncio.Task[None] | None = None
+    departures: list[Departure] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -120,11 +125,7 @@ class EdgeNode:
                     case Work() as work if self._deliveries.is_first_work(work):
                         bus.tasks.create_task(self._take(bus.session, work, incoming))
                     case Close(round=str() as round_id) if self._deliveries.is_first("close", round_id):
-                        spent = self._worker.spent(round_id)
-                        if over := self._close(round_id):
-                            spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over))
-                        topic = bus.session.topics.own(self._settings.name, "spent")
-                        bus.tasks.create_task(deliver(bus.session, topic, spent))
+                        bus.tasks.create_task(self._report(bus.session, round_id, self._close(round_id)))
         return bus.ends
 
     def _open(self, order: Round) -> None:
@@ -133,15 +134,34 @@ class EdgeNode:
         while len(self._gatherings) > _MOST_ROUNDS:
             self._close(next(iter(self._gatherings)))
 
-    def _close(self, round_id: str) -> Round | None:
-        """Take no more requests of this round, and return its order if it was open."""
+    def _close(self, round_id: str) -> _Gathering | None:
+        """Take no more requests of this round, and return what came of it if it was open."""
         gathering = self._gatherings.pop(round_id, None)
         if gathering is None:
             return None
         if gathering.answering is not None:
             gathering.answering.cancel()
         self._under_way = {key for key in self._under_way if key[0] != round_id}
-        return gathering.order
+        return gathering
+
+    async def _report(self, session: Session, round_id: str, over: _Gathering | None) -> None:
+        """Tell what a round has taken; before that, what was to be expected of batches that met each other."""
+        spent = self._worker.spent(round_id)
+        if over is not None:
+            spent = msgspec.structs.replace(spent, cache=self._planner.cache_report(over.order))
+            if len(over.departures) > 1:
+                await self._foretell(session, over.order, over.departures)
+        await deliver(session, session.topics.own(self._settings.name, "spent"), spent)
+
+    async def _foretell(self, session: Session, order: Round, departures: Sequence[Departure]) -> None:
+        """Tell the plans of a round again: when each was made, nobody knew what would come after it."""
+        try:
+            plans = await asyncio.to_thread(self._planner.replay, order, departures, slowdown=self._settings.slowdown)
+        except Exception:  # the round is over all the same
+            _logger.exception("round %s: the plans of %s cannot be replayed", order.round, order.framework)
+            return
+        for departure, plan in zip(departures, plans, strict=True):
+            await self._tell(session, order, departure, plan)
 
     def _meet(self, birth: Birth) -> None:
         for gathering in self._gatherings.values():
@@ -184,7 +204,7 @@ class EdgeNode:
         online = self._is_online(gathering.order)
         for number in itertools.count():
             batch = await gathering.batch(online=online)
-            await self._serve_batch(session, tasks, gathering.order, batch, number)
+            await self._serve_batch(session, tasks, gathering, batch, number)
 
     @staticmethod
     def _is_online(order: Round) -> bool:
@@ -194,10 +214,10 @@ class EdgeNode:
             return False  # planning will say so
 
     async def _serve_batch(
-        self, session: Session, tasks: asyncio.TaskGroup, order: Round, batch: dict[str, Incoming], number: int
+        self, session: Session, tasks: asyncio.TaskGroup, gathering: _Gathering, batch: dict[str, Incoming], number: int
     ) -> None:
         """Plan the ``number``-th batch of a round, and send every request on its way."""
-        planning = time.time()
+        planning, order = time.time(), gathering.order
         messages = [i.message for i in batch.values() if isinstance(i.message, Request)]
         topic = session.topics.own(self._settings.name, "planned")
         try:
@@ -206,16 +226,29 @@ class EdgeNode:
         except Exception as error:
             _logger.exception("round %s cannot be planned", order.round)
             reason = f"{order.framework} could not plan: {error}"
-            blank = Planned(round=order.round, framework=order.framework, plan=_packed(None), seconds={}, error=reason)
+            blank = Planned(
+                round=order.round,
+                framework=order.framework,
+                plan=_packed(None),
+                seconds={},
+                began=planning,
+                error=reason,
+            )
             await deliver(session, topic, blank)
             for request in messages:
                 failed = self._work(request, batch[request.request], (), planning)
                 tasks.create_task(self._pass_on(session, msgspec.structs.replace(failed, failure=reason)))
             return
-        spent = time.time() - planning
-        tasks.create_task(
-            self._announce(session, order, messages, plan=plan, seconds=seconds, began=planning, planning=spent)
+        departure = Departure(
+            asked=messages,
+            received={request: incoming.received for request, incoming in batch.items()},
+            plan=plan,
+            began=planning,
+            seconds=time.time() - planning,
+            parts=seconds,
         )
+        gathering.departures.append(departure)
+        tasks.create_task(self._announce(session, order, departure))
         for route in plan.routes:
             incoming = batch[route.request]
             assert isinstance(incoming.message, Request)  # noqa: S101  only requests are gathered
@@ -226,24 +259,24 @@ class EdgeNode:
             group = (order.round, number, cluster)
             tasks.create_task(self._serve(session, work, group=group, weight=weight, cache=cache))
 
-    async def _announce(
-        self,
-        session: Session,
-        order: Round,
-        asked: list[Request],
-        *,
-        plan: Plan,
-        seconds: dict[str, float],
-        began: float,
-        planning: float,
-    ) -> None:
-        """Tell the plan with what is expected of it, now that the seconds of ``planning`` are known."""
+    async def _announce(self, session: Session, order: Round, departure: Departure) -> None:
+        """Tell a plan with what is expected of it, now that the seconds of planning are known."""
+        plan = departure.plan
         try:
-            plan = await asyncio.to_thread(self._planner.forecast, order, asked, plan, planning=planning)
+            plan = await asyncio.to_thread(
+                self._planner.forecast, order, departure.asked, plan, planning=departure.seconds
+            )
         except Exception:  # the requests are served all the same
             _logger.exception("round %s: the plan of %s cannot be forecast", order.round, order.framework)
+        await self._tell(session, order, departure, plan)
+
+    async def _tell(self, session: Session, order: Round, departure: Departure, plan: Plan) -> None:
         planned = Planned(
-            round=order.round, framework=order.framework, plan=_packed(plan), seconds=seconds, began=began
+            round=order.round,
+            framework=order.framework,
+            plan=_packed(plan),
+            seconds=departure.parts,
+            began=departure.began,
         )
         await deliver(session, session.topics.own(self._settings.name, "planned"), planned)
 

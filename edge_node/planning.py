@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,6 +15,7 @@ from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
 from semct.cost import Kind, Link, Network, NodeState, Pace, Weights
+from semct.forecast import Sent, replay
 from semct.planner.learned import Policy
 from semct.prompts import SentenceEncoder
 from semct.public_prompt import Writer
@@ -26,6 +28,20 @@ class NodeLinks(msgspec.Struct, frozen=True, kw_only=True):
 
     up: Link = Link()
     down: Link = Link()
+
+
+class Departure(NamedTuple):
+    """A batch whose work has left the edge: what was ``asked``, when it was ``received``, and its plan.
+
+    Planning ``began`` then and took so many ``seconds``, all by the edge's clock; ``parts`` say on what.
+    """
+
+    asked: Sequence[messages.Request]
+    received: Mapping[str, float]
+    plan: Plan
+    began: float
+    seconds: float
+    parts: dict[str, float]
 
 
 class Planner:
@@ -115,8 +131,38 @@ class Planner:
     def forecast(
         self, order: messages.Round, asked: Sequence[messages.Request], plan: Plan, *, planning: float
     ) -> Plan:
-        """The plan for these requests, after so many seconds of planning, with what is expected of it."""
+        """The plan for these requests, after so many seconds of planning, with what is expected of it by itself."""
         return self._batch(order, asked).forecast(plan, planning=planning)
+
+    def replay(self, order: messages.Round, departures: Sequence[Departure], *, slowdown: float) -> list[Plan]:
+        """The plans of a round with what is expected of them where they meet each other, at the times they left at.
+
+        ``slowdown`` is how many wall seconds make one of the emulated world, in which planning takes as long as here.
+        """
+        batch = self._batch(order, [request for d in departures for request in d.asked])
+        size, sent = batch.network.request_bytes, []
+        for d in departures:
+            at = (d.began + d.seconds - departures[0].began) / slowdown
+            asked = {
+                r.request: at
+                - batch.network.seconds(r.reply, self._edge, size)
+                - (d.began - d.received[r.request]) / slowdown
+                - d.seconds
+                for r in d.asked
+            }
+            requests = [r for r in batch.requests if r.id in asked]
+            sent.append(Sent(plan=d.plan, requests=requests, at=at, asked=asked))
+        expected = replay(
+            sent,
+            network=batch.network,
+            weights=self._weights,
+            quality=self._quality,
+            cache=LatentCache(self._cache, latent_bytes=self._latent_bytes),
+        )
+        return [
+            msgspec.structs.replace(d.plan, predictions={r.request: expected[r.request] for r in d.asked})
+            for d in departures
+        ]
 
     def _batch(self, order: messages.Round, asked: Sequence[messages.Request]) -> frameworks.Batch:
         requests = tuple(

@@ -195,7 +195,7 @@ def planning_rows(served: Served, *, edge: str) -> list[PlanningRow]:
             began=planned.began,
             seconds=seconds,
         )
-        for number, planned in enumerate(served.planned)
+        for number, planned in enumerate(served.planned.values())
         for part, seconds in planned.seconds.items()
     ]
 

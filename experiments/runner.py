@@ -271,7 +271,7 @@ class Runner:
             return
         match message:
             case Planned() if author == EDGE:
-                served.planned.append(message)
+                served.planned[message.began] = message
             case Result() if served.devices.get(message.request) == author:
                 served.results.setdefault(message.request, self.clocks.corrected(message))
             case Picture() if served.devices.get(message.request) == author:

@@ -16,7 +16,7 @@ from semct.routes import Plan, merged, own_steps, shared_steps
 class Served:
     """One round, filled while it goes on. ``prompts`` and ``devices`` are by request; so is all below.
 
-    ``reasons`` say why a request has no result.
+    ``reasons`` say why a request has no result; ``planned`` is by when planning began.
     """
 
     round: str
@@ -25,7 +25,7 @@ class Served:
     seed: int
     prompts: Mapping[str, str]
     devices: Mapping[str, str]
-    planned: list[Planned] = field(default_factory=list)
+    planned: dict[float, Planned] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     spent: dict[str, Spent] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Served:
 
     @cached_property
     def _plans(self) -> list[Plan]:
-        return [msgspec.msgpack.decode(p.plan, type=Plan) for p in self.planned if not p.error]
+        return [msgspec.msgpack.decode(p.plan, type=Plan) for p in self.planned.values() if not p.error]
 
     @cached_property
     def shared_steps(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Served:
     @property
     def seconds(self) -> dict[str, float]:
         """The wall seconds of each part of planning, in all."""
-        parts = [(name, seconds) for p in self.planned for name, seconds in p.seconds.items()]
+        parts = [(name, seconds) for p in self.planned.values() for name, seconds in p.seconds.items()]
         return {name: sum(s for n, s in parts if n == name) for name, _ in parts}
 
     @property

@@ -3,13 +3,15 @@
 ``expect`` says it in closed form and for thousands of requests, for plans that lead from one edge to devices.
 ``forecast`` plays any routes over any nodes through in virtual time: it drives the engine that the nodes drive, with
 a denoiser that computes nothing and a clock that the cost model moves on. So whatever the engine does (steps shared,
-rows batched, clusters weighted) is in the forecast by construction, whichever framework made the plan.
+rows batched, clusters weighted) is in the forecast by construction, whichever framework made the plan. ``replay``
+does so for several plans that were made one after the other, whose requests meet on nodes and links.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -18,6 +20,7 @@ import msgspec
 import numpy as np
 import torch
 
+from semct.cache import LatentCache, Prefix
 from semct.compute import Cost, Processor
 from semct.cost import (
     Floats,
@@ -38,6 +41,7 @@ from semct.quality import QualityModel
 from semct.routes import Plan, Prediction, Request, Route, Segment
 
 _NOTHING = torch.empty(0)
+_NO_VECTOR = np.empty(0, np.float32)
 
 
 def expect(
@@ -82,27 +86,58 @@ def forecast(
     """
     size = network.request_bytes
     start = planning + max((network.seconds(r.device, network.edge, size) for r in requests), default=0.0)
-    found = _Play(plan, requests, network).all(start)
-    similarity = {m: phi for c in plan.clusters for m, phi in zip(c.members, c.similarity, strict=True)}
-    routes = {r.request: r for r in plan.routes}
+    sent = Sent(plan=plan, requests=requests, at=start, asked=dict.fromkeys((r.id for r in requests), 0.0))
+    return replay([sent], network=network, weights=weights, quality=quality)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A batch of ``requests`` whose work left the edge that planned it ``at`` a time, and when each was ``asked`` for.
+
+    Times are seconds on a clock that all batches have in common.
+    """
+
+    plan: Plan
+    requests: Sequence[Request]
+    at: float
+    asked: Mapping[str, float]
+
+
+def replay(
+    batches: Sequence[Sent],
+    *,
+    network: Network,
+    weights: Weights,
+    quality: QualityModel,
+    cache: LatentCache | None = None,
+) -> dict[str, Prediction]:
+    """What ``forecast`` says, for batches that meet each other.
+
+    ``cache`` is an empty one for what earlier batches leave to later ones, where these are plans over a cache: steps
+    are spared once they have been run. Without it, what a plan takes for spared is there at once.
+    """
+    found = _Play(batches, network, cache).all()
     predictions = {}
-    for request in requests:
-        latency, joules = found[request.id]
-        phi = similarity.get(request.id, 1.0)
-        best, expected = quality.quality(phi, [0.0, _foreign(routes[request.id], request.prompt, quality.steps)])
-        told = plan.predictions.get(request.id)
-        outcome = Outcome(
-            quality=float(expected) if told is None else told.quality,
-            latency=latency,
-            energy=joules + network.joules(request.device, network.edge, size),
-        )
-        reference = device_only(network, request.device, request.steps, float(best))
-        predictions[request.id] = Prediction(
-            quality=outcome.quality,
-            latency=outcome.latency,
-            energy=outcome.energy,
-            utility=utility(outcome, reference, weights),
-        )
+    for batch in batches:
+        similarity = {m: phi for c in batch.plan.clusters for m, phi in zip(c.members, c.similarity, strict=True)}
+        routes = {r.request: r for r in batch.plan.routes}
+        for request in batch.requests:
+            finished, joules = found[request.id]
+            phi = similarity.get(request.id, 1.0)
+            best, expected = quality.quality(phi, [0.0, _foreign(routes[request.id], request.prompt, quality.steps)])
+            told = batch.plan.predictions.get(request.id)
+            outcome = Outcome(
+                quality=float(expected) if told is None else told.quality,
+                latency=finished - batch.asked[request.id],
+                energy=joules + network.joules(request.device, network.edge, network.request_bytes),
+            )
+            reference = device_only(network, request.device, request.steps, float(best))
+            predictions[request.id] = Prediction(
+                quality=outcome.quality,
+                latency=outcome.latency,
+                energy=outcome.energy,
+                utility=utility(outcome, reference, weights),
+            )
     return predictions
 
 
@@ -120,11 +155,18 @@ class _Leg(NamedTuple):
 
 @dataclass(eq=False)
 class _Way:
-    """A request on its way: the legs that are left, and the energy so far."""
+    """A request on its way: the legs that are left, its cluster and that one's share, and the energy so far.
+
+    ``caching`` says that its first segment is looked up in the cache, and kept there.
+    """
 
     route: Route
     device: str
+    at: float
     legs: list[_Leg]
+    group: Hashable
+    weight: float
+    caching: bool
     joules: float = 0.0
     begun: bool = False
 
@@ -190,30 +232,56 @@ class _Node:
 
 
 class _Play:
-    """All requests of a plan on their ways through the network."""
+    """All requests of some plans on their ways through the network."""
 
-    def __init__(self, plan: Plan, requests: Sequence[Request], network: Network) -> None:
-        models = {s.model for r in plan.routes for s in r.segments}
-        visited = {s.node for r in plan.routes for s in r.segments}
-        devices = {r.id: r.device for r in requests}
+    def __init__(self, batches: Sequence[Sent], network: Network, cache: LatentCache | None) -> None:
         self._network = network
-        self._shares = {m: (i, c.share) for i, c in enumerate(plan.clusters) for m in c.members}
+        self._cache = cache
+        self._ways = [way for number, batch in enumerate(batches) for way in self._ways_of(batch, number)]
+        self._ways.sort(key=lambda way: way.at)
+        models = {s.model for way in self._ways for s in way.route.segments}
+        visited = {s.node for way in self._ways for s in way.route.segments}
         self._nodes = {name: _Node(network.nodes[name], models) for name in visited}
-        self._ways = [
-            _Way(r, devices[r.request], _legs(r, spared), begun=spared > 0)
-            for r in plan.routes
-            for spared in (plan.spared.get(r.request, 0),)
-        ]
         self._free: dict[tuple[str, str], float] = {}
         self._found: dict[str, tuple[float, float]] = {}
 
-    def all(self, start: float) -> dict[str, tuple[float, float]]:
-        """Latency and energy of each request whose work leaves the planning edge at ``start``."""
-        for way in self._ways:
-            self._pass_on(way, self._network.edge, start)
+    def _ways_of(self, batch: Sent, number: int) -> Iterator[_Way]:
+        devices = {r.id: r.device for r in batch.requests}
+        shares = {m: (i, c.share) for i, c in enumerate(batch.plan.clusters) for m in c.members}
+        for route in batch.plan.routes:
+            cluster, share = shares.get(route.request, (None, 1.0))
+            spared = batch.plan.spared.get(route.request, 0)
+            caching = self._cache is not None and batch.plan.caching and self._notes(route, spared)
+            yield _Way(
+                route=route,
+                device=devices[route.request],
+                at=batch.at,
+                legs=_legs(route, 0 if caching else spared),
+                group=(number, cluster),
+                weight=share,
+                caching=caching,
+                begun=spared > 0 and not caching,
+            )
+
+    def _notes(self, route: Route, spared: int) -> bool:
+        """Whether the cache is told of the start of a route; not where its steps come from before these batches."""
+        first, cache = route.segments[0], self._cache
+        prefix = Prefix(seed=route.seed, steps=route.steps, model=first.model, prompt=first.prompt)
+        if cache is None or (spared and prefix not in cache.prefixes(route.steps, first.model)[0]):
+            return False
+        cache.plan(prefix, _NO_VECTOR, first.stop)
+        return True
+
+    def all(self) -> dict[str, tuple[float, float]]:
+        """When each request is done, and its energy."""
+        waiting = deque(self._ways)
         while len(self._found) < len(self._ways):
             # Nothing arrives before it was sent, so the node that is due first knows all that it will know then.
             name, node = min(self._nodes.items(), key=lambda item: item[1].due)
+            if waiting and waiting[0].at <= node.due:
+                way = waiting.popleft()
+                self._pass_on(way, self._network.edge, way.at)
+                continue
             for done in node.call():
                 way = node.ways.pop(done.job.request)
                 way.joules += done.joules
@@ -233,18 +301,16 @@ class _Play:
             return
         leg = way.legs.pop(0)
         # As the nodes do it: the edge that planned weighs clusters, for others each request stands for itself.
-        group: Hashable = way.route.request
-        weight = 1.0
-        if not way.begun and receiver == self._network.edge:
-            group, weight = self._shares.get(way.route.request, (None, 1.0))
+        planned = not way.begun and receiver == self._network.edge
         job = Job(
             request=way.route.request,
             seed=way.route.seed,
             steps=way.route.steps,
             segments=leg.segments,
             latent=_NOTHING if way.begun else None,
-            group=group,
-            weight=weight,
+            group=way.group if planned else way.route.request,
+            weight=way.weight if planned else 1.0,
+            cache=self._cache if planned and way.caching else None,
         )
         way.begun = True
         self._nodes[receiver].take(at, way, job)

@@ -222,6 +222,16 @@ async def test_an_online_framework_plans_requests_as_they_come(cell: Cell) -> No
         ["r1"],
         ["r2"],
     ]
+    # When the round is over, each is told again, with what was to be expected where it met the others.
+    await cell.ear.session.publish(TOPICS.inbox("edge", "control"), Close(round="1"))
+    await cell.ear.until(Spent)
+    told = await cell.ear.until(Planned, 6)
+    assert [p.began for p in told[3:]] == [p.began for p in told[:3]]
+    for before, after in zip(told[:3], told[3:], strict=True):
+        one, other = (msgspec.msgpack.decode(p.plan, type=Plan) for p in (before, after))
+        assert msgspec.structs.replace(one, predictions={}) == msgspec.structs.replace(other, predictions={})
+        assert one.predictions.keys() == other.predictions.keys()
+        assert one.predictions != other.predictions
 
 
 async def test_requests_of_later_windows_make_later_batches(cell: Cell) -> None:

@@ -63,7 +63,7 @@ def served(framework: str = "semct") -> Served:
         seed=1,
         prompts={r.id: r.prompt for r in requests},
         devices={r.id: r.device for r in requests},
-        planned=[planned],
+        planned={planned.began: planned},
         results={first: result},
         reasons={f"{framework}-d2": "no answer within 9 s"},
     )
@@ -125,7 +125,7 @@ def test_work_that_goes_by_the_cloud_is_counted_there_and_its_way_takes_no_radio
         for r, d in around.devices.items()
     )
     plan = msgspec.msgpack.encode(Plan(clusters=(), routes=routes))
-    around.planned = [Planned(round="r", framework="semct", plan=msgspec.Raw(plan), seconds={})]
+    around.planned = {0.0: Planned(round="r", framework="semct", plan=msgspec.Raw(plan), seconds={})}
     (row, _) = request_rows(around, scenario, kinds=KINDS, judged={}, images={})
     assert (row.edge_denoise_s, row.cloud_denoise_s, row.relay_s, row.download_s) == (0, 2, 1, 0.5)
     assert (row.energy_edge_j, row.energy_cloud_j, row.energy_device_j) == (0, 40, 35)

@@ -1,10 +1,13 @@
 """Forecasts: any route over any nodes, by hand; what is shared, weighted and sent is in them."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
+from semct.cache import CacheSettings, LatentCache
 from semct.cost import Link, Network, NodeState, Weights, device_only
-from semct.forecast import forecast
+from semct.forecast import Sent, forecast, replay
 from semct.quality import load_quality_model
 from semct.routes import Cluster, Plan, Prediction, Request, Route, route
 
@@ -96,3 +99,42 @@ def test_steps_that_earlier_batches_left_are_not_run_again(spared: int, left: in
     found = forecast(plan, REQUESTS[:1], network=NETWORK, weights=Weights(), quality=QUALITY)["r1"]
     assert found.latency == pytest.approx(ASKING + left * 0.1 + LATENT_DOWN + 2 * 0.5 + 0.25)
     assert found.quality == pytest.approx(float(QUALITY.quality(1.0, 6 * QUALITY.steps / 10)))
+
+
+def batch(number: int, at: float, *spans: tuple[str, str, int], **more: Any) -> Sent:
+    """The request of a user, alone in its batch, on its way from ``at`` on."""
+    plan = Plan(clusters=(), routes=(walk(number, *spans),), **more)
+    request = REQUESTS[number - 1]
+    return Sent(plan=plan, requests=[request], at=at, asked={request.id: at})
+
+
+def replayed(*batches: Sent, caching: bool = False) -> list[float]:
+    cache = LatentCache(CacheSettings(), latent_bytes=5000) if caching else None
+    found = replay(batches, network=NETWORK, weights=Weights(), quality=QUALITY, cache=cache)
+    return [found[r.id].latency for r in REQUESTS]
+
+
+@pytest.mark.parametrize(("later", "meets"), [(0.0, True), (0.5, True), (5.0, False)])
+def test_batches_that_meet_wait_for_each_other(later: float, *, meets: bool) -> None:
+    alone = 10 * 0.1 + LATENT_DOWN + 0.25
+    first, second = replayed(batch(1, 3.0, ("edge", ".", 10)), batch(2, 3.0 + later, ("edge", ".", 10)))
+    if not meets:
+        assert [first, second] == pytest.approx([alone, alone])
+        return
+    assert second == pytest.approx(alone + 1.0 - later, abs=0.11)  # when all 20 steps are done
+    assert alone < first <= second + later + 1e-9
+
+
+@pytest.mark.parametrize(("later", "left"), [(0.0, 8), (0.35, 8 - 3.5), (2.0, 0)])
+def test_cached_steps_are_spared_once_they_have_been_run(later: float, left: float) -> None:
+    way = (("edge", "public", 8), ("d2", ".", 2))
+    first = batch(1, 0.0, ("edge", "public", 8), ("d1", ".", 2), caching=True)
+    second = batch(2, later, *way, caching=True, spared={"r2": 8})
+    rest = LATENT_DOWN + 2 * 0.5 + 0.25
+    assert replayed(first, second, caching=True) == pytest.approx([8 * 0.1 + rest, left * 0.1 + rest])
+
+
+def test_what_was_cached_before_these_batches_is_there_at_once() -> None:
+    first = batch(1, 0.0, ("edge", ".", 4), ("d1", ".", 6))
+    second = batch(2, 0.0, ("edge", "public", 8), ("d2", ".", 2), caching=True, spared={"r2": 8})
+    assert replayed(first, second, caching=True)[1] == pytest.approx(LATENT_DOWN + 2 * 0.5 + 0.25)
