@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from semct.clustering import medoid
+from semct.precision import fast_type
 from semct.routes import Prompt, blend
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class LanguageModelWriter:
         source = prepare() if str(model) == SMOLLM2 else model
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=_fast_type(device))
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=fast_type(device))
         except Exception as error:  # a broken folder makes transformers raise almost anything
             msg = (
                 f"The language model {str(model)!r} cannot be loaded ({_first_line(error)}); "
@@ -469,14 +470,6 @@ def _convert(weights: Path, folder: Path) -> None:
         del network.config.quantization_config
     network.save_pretrained(folder)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
-
-
-def _fast_type(device: str) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it in hardware, else float32."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
 def _repeated(state: Any, times: int) -> Any:

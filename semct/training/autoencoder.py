@@ -15,6 +15,8 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional
 
+from semct.precision import mixed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -96,7 +98,7 @@ def train_autoencoder(
         # What the denoiser makes is a little off the real latents; the decoder should forgive that.
         noisy = latents + 0.2 * torch.rand(batch, 1, 1, 1) * torch.randn_like(latents)
         real, latents, noisy = (x.to(device) for x in (real, latents, noisy))
-        with torch.autocast(device, torch.bfloat16):
+        with mixed(device):
             made = network.decoder((noisy / LATENT_SCALE).to(memory_format=torch.channels_last)).float()
             seen = network.encoder(real.to(memory_format=torch.channels_last)).float()
         error = made - real

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from semct.precision import mixed
 from semct.prompts import BUNDLED
 from semct.quality import ScorerConfig, ScorerNetwork
 from semct.training.scenes import SIZE, Example, Scene
@@ -74,7 +75,7 @@ def train_scorer(
         seen = _through_code(corpus.pictures[pictures].float() / 127.5 - 1, code)
         weight = 0.35 + 0.3 * torch.rand(batch // 2, 1, 1, 1)
         blends = weight * seen[: batch // 2] + (1 - weight) * seen[batch // 2 : 2 * (batch // 2)]
-        with torch.autocast(device, torch.bfloat16):
+        with mixed(device):
             vectors = network.embed_pictures(torch.cat([seen, blends]).to(device)).float()
             sentences = network.embed_prompts(corpus.pooled[captions].to(device)).float()
         likeness = network.log_temperature.exp() * sentences @ vectors.T
