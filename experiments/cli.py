@@ -531,14 +531,25 @@ def render_compose(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
-    """Write the report of a run again."""
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(help="A run folder, finished or not; or several to compare.")],
+    to: Annotated[Path, typer.Option(help="Of several runs: the folder that gets the page and its figures.")] = Path(
+        "comparison"
+    ),
+) -> None:
+    """Write the report of a run again, or one page that compares several.
+
+    Runs are compared framework by framework: their means, and the differences to the first run where the same user
+    asked for the same with the same noise; beside them what their scenarios and machines differ in.
+    """
+    from experiments.comparison import write_comparison  # noqa: PLC0415
+    from experiments.record import Unwritable  # noqa: PLC0415
     from experiments.report import write_report  # noqa: PLC0415
     from semct.runs import NotARun  # noqa: PLC0415
 
     try:
-        typer.echo(write_report(run_folder))
-    except NotARun as error:
+        typer.echo(write_report(run_folders[0]) if len(run_folders) == 1 else write_comparison(run_folders, to))
+    except (NotARun, Unwritable) as error:
         _give_up(error)
 
 

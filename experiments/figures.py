@@ -8,6 +8,7 @@ turns its colours into CSS variables, so that one drawing serves light and dark.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
@@ -71,6 +72,15 @@ _HATCHES = {
 }
 """How parts that stand beside each other differ in grey."""
 _SEEN = 0.002  # of the whole: parts below it are too thin to be seen, and stand in no legend
+
+
+_POSSIBLE = {
+    "quality": (-1.0, 1.0),
+    "latency_s": (0.0, math.inf),
+    "energy_j": (0.0, math.inf),
+    "tflop": (0.0, math.inf),
+}
+"""What a measure may be: an interval over few users would leave that, and is cut off there."""
 
 
 class Look(NamedTuple):
@@ -144,10 +154,10 @@ def bars(summary: pl.DataFrame, measure: Measure, drawn_as: Sequence[Look]) -> F
     places = decimals(means)
     with mpl.rc_context(STYLE):
         figure, axes = _horizontal(names)
-        whiskers = [half or 0.0 for half in spreads]
+        whiskers = [_whisker(measure, mean or 0.0, half) for mean, half in zip(means, spreads, strict=True)]
         # An interval over two users may be many times the mean: it leaves the figure rather than flatten it.
         most = 1.8 * max((abs(mean) for mean in means if mean is not None), default=0.0)
-        reach = [min((mean or 0.0) + whisker, most) for mean, whisker in zip(means, whiskers, strict=True)]
+        reach = [min((mean or 0.0) + up, most) for mean, (_, up) in zip(means, whiskers, strict=True)]
         right = max([0.0, *reach]) or 1.0
         for row, (mean, whisker) in enumerate(zip(means, whiskers, strict=True)):
             if mean is None:
@@ -156,10 +166,11 @@ def bars(summary: pl.DataFrame, measure: Measure, drawn_as: Sequence[Look]) -> F
                 continue
             look = drawn_as[row]
             axes.barh(row, mean, height=0.62, color=look.colour, hatch=look.hatch)
-            if whisker:
-                axes.errorbar(mean, row, xerr=whisker, fmt="none", color=_LIGHT["ink"], elinewidth=0.8, capsize=2)
+            if any(whisker):
+                ends = [[end] for end in whisker]
+                axes.errorbar(mean, row, xerr=ends, fmt="none", color=_LIGHT["ink"], elinewidth=0.8, capsize=2)
             axes.text(max(reach[row], 0.0) + right * 0.03, row, f"{mean:.{places}f}", va="center")
-        lowest = [mean - w for mean, w in zip(means, whiskers, strict=True) if mean is not None and mean < 0]
+        lowest = [mean - low for mean, (low, _) in zip(means, whiskers, strict=True) if mean is not None and mean < 0]
         axes.set_xlim(max(min([0.0, *lowest]), -most), right * 1.22)
         axes.axvline(0, color=_LIGHT["soft"], linewidth=0.6)
         axes.set_xlabel(measure.label)
@@ -179,7 +190,9 @@ def tradeoff(summary: pl.DataFrame, drawn_as: Sequence[Look]) -> Figure:
         for index, row in enumerate(summary.iter_rows(named=True)):
             if x[index] is None or y[index] is None:
                 continue
-            xerr, yerr = row[f"{LATENCY.column}_ci95"] or 0.0, row[f"{QUALITY.column}_ci95"] or 0.0
+            xerr, yerr = (
+                [[end] for end in _whisker(m, row[m.column], row[f"{m.column}_ci95"])] for m in (LATENCY, QUALITY)
+            )
             look = drawn_as[index]
             axes.errorbar(x[index], y[index], xerr=xerr, yerr=yerr, fmt="none", ecolor=_LIGHT["line"], zorder=1)
             axes.scatter(
@@ -203,6 +216,12 @@ def tradeoff(summary: pl.DataFrame, drawn_as: Sequence[Look]) -> Figure:
         axes.set_axisbelow(True)
         _legend_below(figure, axes, columns=2)
         return figure
+
+
+def _whisker(measure: Measure, mean: float, half: float | None) -> tuple[float, float]:
+    """How far an interval of this half-width reaches below and above the mean, within what is possible."""
+    least, most = _POSSIBLE.get(measure.column, (-math.inf, math.inf))
+    return min(half or 0.0, max(mean - least, 0.0)), min(half or 0.0, max(most - mean, 0.0))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -344,7 +363,7 @@ def links(table: pl.DataFrame) -> Figure:
     titles = {"rate_bps": ("rate (Mbit/s)", 1e-6), "delay_s": ("delay (ms)", 1e3)}
     found = [what for what in titles if table.filter(pl.col("what") == what).height]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN if len(found) > 1 else COLUMN / 1.6, 2.25), layout="constrained")
+        figure = Figure(figsize=(COLUMN, 2.25 if len(found) > 1 else 3.2), layout="constrained")
         for axes, what in zip(figure.subplots(1, len(found), squeeze=False).flat, found, strict=True):
             title, factor = titles[what]
             own = table.filter(pl.col("what") == what)

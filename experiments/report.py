@@ -126,14 +126,14 @@ def _page(run: Run, found: Sequence[Drawing]) -> str:
         info=run.info,
         folder=run.path.resolve().name,
         brief=_brief(run),
-        facts=_facts(run.info),
-        warnings=list(_warnings(run)),
+        facts=facts_of(run.info),
+        warnings=list(warnings_of(run)),
         modelled=modelled,
         measured=measured,
         measures=[m.label for m in compared(summary)],
-        results=_results(summary),
+        results=results_of(summary),
         against=against,
-        differences=_differences(run.requests, against) if against else [],
+        differences=differences_of(run.requests, against) if against else [],
         drawings={d.name: d for d in found if d.shown},
         waterfalls=[d.name for d in found if d.name.startswith("waterfall-")],
         bars=[m.column for m in compared(summary)],
@@ -172,7 +172,7 @@ def _against(requests: pl.DataFrame) -> str:
 
 def _brief(run: Run) -> dict[str, str]:
     """What was run, for the top of the page."""
-    facts, requests = _facts(run.info), run.requests
+    facts, requests = facts_of(run.info), run.requests
     reached, repetitions = requests["framework"].n_unique(), requests["repetition"].n_unique()
     of = f" of {len(run.info.frameworks)}" if reached < len(run.info.frameworks) else ""
     asked = f"{requests['device'].n_unique()} users, {reached}{of} frameworks"
@@ -182,7 +182,7 @@ def _brief(run: Run) -> dict[str, str]:
     return {"asked": asked} | {label: facts[label] for label in wanted if label in facts}
 
 
-def _facts(info: RunInfo) -> dict[str, str]:
+def facts_of(info: RunInfo) -> dict[str, str]:
     """What was run, on what, as label and value; what is not known is left out."""
     hardware, commit = info.hardware, info.commit
     took = f", {(info.finished - info.started).total_seconds():.0f} s" if info.finished else ""
@@ -221,7 +221,7 @@ def _memory(values: Sequence[float]) -> str:
     return f"{min(values):.1f} to {max(values):.1f} MiB private (USS) per device process"
 
 
-def _warnings(run: Run) -> Iterator[str]:
+def warnings_of(run: Run) -> Iterator[str]:
     """What a reader must know before any number."""
     info = run.info
     if info.status == "running":
@@ -311,7 +311,7 @@ def _provenance(run: Run) -> tuple[list[str], list[str]]:
     return modelled, measured
 
 
-def _results(summary: pl.DataFrame) -> list[Line]:
+def results_of(summary: pl.DataFrame) -> list[Line]:
     columns = [_means(summary, m, best(summary, m)) for m in compared(summary)]
     return [
         Line(
@@ -339,7 +339,7 @@ def _means(summary: pl.DataFrame, measure: Measure, strong: Sequence[bool]) -> l
     ]
 
 
-def _differences(requests: pl.DataFrame, against: str) -> list[Line]:
+def differences_of(requests: pl.DataFrame, against: str) -> list[Line]:
     table = paired(requests, against)
     columns = []
     for measure in MEASURES:

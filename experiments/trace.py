@@ -142,9 +142,7 @@ def _visits(stages: pl.DataFrame) -> dict[str, list[list[_Slice]]]:
     for flow, (_, own) in enumerate(stages.group_by("round", "request", maintain_order=True), 1):
         rows = list(own.sort("start", "stop", maintain_order=True).iter_rows(named=True))
         last = len(rows) - 1
-        course = [
-            _Slice(flow, ("s" if i == 0 else "f" if i == last else "t") if last else "", r) for i, r in enumerate(rows)
-        ]
+        course = [_Slice(flow, _phase(i, last), r) for i, r in enumerate(rows)]
         for node, stay in groupby(course, lambda piece: str(piece.row["node"])):
             found.setdefault(node, []).append(list(stay))
     return found
