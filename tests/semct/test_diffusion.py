@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semct.diffusion import Denoiser, ModelNotFound
+from semct.diffusion import EMBEDDED, EMBEDDED_SMALL, Denoiser, ModelNotFound, weights_type
 
 STEPS = 6
 PROMPTS = ("a cat", "a red car at night", "", "two words")
@@ -103,6 +103,23 @@ def test_half_precision_runs_the_same_code(tiny_folder: Path, tiny: Denoiser, dt
     (found,) = half.run([half.noise(0)], 0, 2, STEPS, ["a cat"])
     (exact,) = tiny.run([tiny.noise(0)], 0, 2, STEPS, ["a cat"])
     assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1)
+
+
+def test_full_models_are_bfloat16_on_gpus_and_the_packages_own_never() -> None:
+    assert weights_type("somebody/a-full-model", "cuda:1") is torch.bfloat16
+    assert weights_type("somebody/a-full-model", "cpu") is torch.float32
+    assert {weights_type(model, "cuda") for model in (EMBEDDED, EMBEDDED_SMALL)} == {torch.float32}
+
+
+def test_what_a_model_is_loaded_as_is_what_its_device_asks_for(
+    tiny_folder: Path, tiny: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semct.diffusion.weights_type", lambda *_: torch.bfloat16)
+    loaded = Denoiser.load(str(tiny_folder))
+    (found,) = loaded.run([loaded.noise(0)], 0, 1, STEPS, ["a cat"])
+    (exact,) = tiny.run([tiny.noise(0)], 0, 1, STEPS, ["a cat"])
+    assert not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1)
 
 
