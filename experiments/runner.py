@@ -403,7 +403,7 @@ async def _beside(main: Coroutine[Any, Any, None], *watches: Coroutine[Any, Any,
             await main
             for task in watching:
                 task.cancel()
-    except* Exception as group:
+    except ExceptionGroup as group:  # not except*: Python 3.11.2 wraps what is raised there
         raise _first(group) from group
 
 

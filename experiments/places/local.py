@@ -211,8 +211,11 @@ class LocalPlace:
                     tasks.create_task(self._watch_devices())
                 if self._doors:
                     tasks.create_task(self._enrolment.watch())
-        except* (BrokerFailed, ForkServerError, PlaceFailed) as group:
-            raise PlaceFailed(str(group.exceptions[0])) from group
+        except ExceptionGroup as group:  # not except*: Python 3.11.2 wraps what is raised there
+            known = group.subgroup((BrokerFailed, ForkServerError, PlaceFailed))
+            if known is None:
+                raise
+            raise PlaceFailed(str(known.exceptions[0])) from group
         raise AssertionError("the watchers never return")
 
     async def _open(self, doors: Doors, stack: AsyncExitStack) -> None:

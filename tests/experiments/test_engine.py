@@ -1,0 +1,62 @@
+"""What keeps a testbed from coming up in containers is said in one sentence, before anything is started."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.scenario import FOLDER
+
+QUICKSTART = FOLDER / "scenarios" / "quickstart.yaml"
+
+
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a Docker that does nothing but what the script says."""
+    docker = folder / "docker"
+    docker.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def run(*more: str) -> str:
+    """What running in containers says, which is one line and an exit status of 1."""
+    done = CliRunner().invoke(app, ["run", "--place", "compose", *(more or [str(QUICKSTART)])])
+    assert done.exit_code == 1, done.output
+    (said,) = done.stderr.strip().splitlines()
+    return said
+
+
+def test_there_is_no_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run().startswith("semct: there is no Docker here: install")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('echo "permission denied while trying to connect to the socket" >&2; exit 1', "may not use Docker's socket"),
+        ('echo "Cannot connect to the Docker daemon" >&2; exit 1', "Docker does not answer: start its service"),
+        ('test "$1" != compose || { echo "unknown command" >&2; exit 1; }', "Docker has no Compose 2 here"),
+        ('test "$1" != image || exit 1', "the image absent is not here: build it with"),
+    ],
+)
+def test_what_docker_complains_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
+    answer(tmp_path, monkeypatch, script)
+    monkeypatch.setenv("IMAGE", "absent")
+    assert said in run()
+
+
+def test_the_brokers_port_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(tmp_path, monkeypatch, "exit 0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("BROKER_PORT", str(port))
+        assert f"the broker cannot have port {port} of 127.0.0.1" in run()
+
+
+def test_a_scenario_that_containers_do_not_see(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "cell.yaml"
+    elsewhere.write_text(QUICKSTART.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "copy it there" in run(str(elsewhere))
