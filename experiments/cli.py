@@ -136,6 +136,8 @@ def _run_in_containers(scenario: Scenario, file: Path, seed: int | None) -> NoRe
 
     try:
         sys.exit(up(scenario, file, seed))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except PlaceFailed as error:
         _give_up(error)
 

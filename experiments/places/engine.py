@@ -16,7 +16,10 @@ _ANSWER = 30  # seconds that the engine may take for one
 
 
 def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
-    """Run a scenario with ``docker compose up`` and return its exit status; raises ``PlaceFailed``."""
+    """Run a scenario with ``docker compose up`` and return its exit status; raises ``PlaceFailed``.
+
+    Detached, since an attached ``up`` that tells a status ends all as soon as any container, a device's too, ends.
+    """
     try:
         inside = file.resolve().relative_to(_PROJECT)
     except ValueError:
@@ -31,8 +34,22 @@ def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
     settings = {"SCENARIO": str(inside), "DEVICES": str(scenario.users), "EDGES": str(edges)}
     if seed is not None:
         settings["SEED"] = str(seed)
-    command = ["docker", "compose", "up", "--no-build", "--exit-code-from", "experiment"]
-    return subprocess.run(command, cwd=_PROJECT, env={**os.environ, **settings}, check=False).returncode
+    environment = {**os.environ, **settings}
+
+    def compose(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["docker", "compose", *words]
+        return subprocess.run(command, cwd=_PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+
+    try:
+        started = compose("up", "--detach", "--no-build", "--force-recreate")
+        experiment = compose("ps", "--all", "--quiet", "experiment").stdout.strip()
+        if started.returncode or not experiment:
+            raise PlaceFailed("the containers did not come up: `docker compose logs` tells what they said")
+        subprocess.run(["docker", "logs", "--follow", experiment], check=False)
+        waited = subprocess.run(["docker", "wait", experiment], capture_output=True, text=True, check=False)
+        return int(waited.stdout) if waited.returncode == 0 else 1
+    finally:
+        compose("stop")
 
 
 def check(image: str) -> None:

@@ -60,3 +60,25 @@ def test_a_scenario_that_containers_do_not_see(tmp_path: Path) -> None:
     elsewhere = tmp_path / "cell.yaml"
     elsewhere.write_text(QUICKSTART.read_text(encoding="utf-8"), encoding="utf-8")
     assert "copy it there" in run(str(elsewhere))
+
+
+_DOCKER = """
+echo "$*" >>"{journal}"
+case "$*" in
+  "compose up "*) exit {up} ;;
+  "compose ps "*) echo c0ffee ;;
+  "wait c0ffee") echo 3 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("up", "status"), [(0, 3), (1, 1)])
+def test_the_status_is_the_experiments_and_all_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: int, status: int
+) -> None:
+    journal = tmp_path / "journal"
+    answer(tmp_path, monkeypatch, _DOCKER.format(journal=journal, up=up))
+    done = CliRunner().invoke(app, ["run", "--place", "compose", str(QUICKSTART)])
+    assert done.exit_code == status, done.output
+    assert ("the containers did not come up" in done.stderr) == bool(up)
+    assert journal.read_text(encoding="utf-8").splitlines()[-1] == "compose stop"
