@@ -17,40 +17,44 @@ from node.enrolment import Door, serve_enrolled
 from node.settings import start_logging
 from semct import calibration
 from semct.calibration import BadProfile
+from semct.diffusion import place
 
 _ROWS: Sequence[int] = (1, 2, 4, 8)
 _REPEATS = 5
 
 
-def attach(door: Door, *, model: str, threads: int, console: Console) -> None:
+def attach(door: Door, *, model: str, device: str, threads: int, console: Console) -> None:
     """Serve run after run until the testbed ends; ``model`` is measured beforehand, others when a run wants them.
 
-    Raises what ``serve_enrolled`` and ``measure`` raise.
+    ``device`` is torch's, or ``auto``. Raises what ``serve_enrolled`` and ``measure`` raise, and ``NoSuchDevice``.
     """
-    pace_of(model, threads=threads, console=console)
+    device = place(device)
+    pace_of(model, device=device, threads=threads, console=console)
     start_logging()
 
     def serve_here(settings: DeviceSettings) -> bool:
-        measured = pace_of(settings.models[0], threads=threads, console=console)
-        here = msgspec.structs.replace(settings, profile="native", measured=str(measured), threads=threads)
+        measured = pace_of(settings.models[0], device=device, threads=threads, console=console)
+        here = msgspec.structs.replace(
+            settings, profile="native", measured=str(measured), threads=threads, torch_device=device
+        )
         return serve(here)
 
     serve_enrolled(DeviceSettings, serve_here, door)
 
 
-def pace_of(model: str, *, threads: int, console: Console) -> Path:
+def pace_of(model: str, *, device: str, threads: int, console: Console) -> Path:
     """The profile of this machine's pace with a model: measured once, then kept in the user's cache folder.
 
     Raises ``ModelNotFound``, and ``OSError`` where it cannot be kept.
     """
     name = model if model.isidentifier() else hashlib.sha256(model.encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}-{threads}-threads.json"
+    path = cache_folder() / f"{name}-{f'{threads}-threads' if device == 'cpu' else device.replace(':', '-')}.json"
     try:
         calibration.load(path)
     except BadProfile:
         console.print(f"measuring this machine's pace with {model}, once", highlight=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        measure(path, model=model, rows=_ROWS, repeats=_REPEATS, threads=threads, device="cpu", console=console)
+        measure(path, model=model, rows=_ROWS, repeats=_REPEATS, threads=threads, device=device, console=console)
     return path
 
 

@@ -336,8 +336,8 @@ def quality(
         _give_up(error)
 
 
-@app.command()
-def device(
+@app.command("device")
+def attach_device(
     broker: Annotated[str, typer.Option(help="Where the testbed's broker is: mqtt://HOST:PORT, mqtts:// with TLS.")],
     name: Annotated[str, typer.Option(help="The place to take, as the scenario's `attached` names it.")],
     *,
@@ -345,6 +345,7 @@ def device(
     testbed: Annotated[str, typer.Option(help="The testbed's name on the broker.")] = "local",
     model: Annotated[str, typer.Option(help="The model to measure this machine's pace with beforehand.")] = "embedded",
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
+    device: Annotated[str, typer.Option(help="auto (a GPU where torch sees one), cpu, or cuda:N.")] = "auto",
 ) -> None:
     """Take a place in a running testbed with this machine, which runs its own steps at its own pace."""
     from broker.address import BadAddress  # noqa: PLC0415
@@ -356,7 +357,7 @@ def device(
 
     try:
         door = make_door(broker, "device", testbed, name, str(credentials or ""))
-        attach(door, model=model, threads=threads, console=Console())
+        attach(door, model=model, device=device, threads=threads, console=Console())
     except KeyboardInterrupt:
         sys.exit(130)
     except (

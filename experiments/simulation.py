@@ -377,6 +377,8 @@ def play(path: Path, console: Console, *, users: int | None, repetitions: int | 
     if users is not None:
         scenario = with_users(scenario, users)
     prompts = load_prompts(scenario, path.parent)
+    if scenario.faults:
+        console.print(f"the `faults` of {scenario.name} are left out: in a simulation nothing breaks")
     with console.status("loading") as status:
         simulator = Simulator(Encoder())
         found = simulator.play(

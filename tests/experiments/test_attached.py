@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from broker.authority import enroll, make_authority
+from experiments.cli import app
 from semct import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +79,11 @@ def test_a_thin_client_beside_an_emulated_device(tmp_path: Path, unused_tcp_port
             assert transfer["seconds"] > 0.02 - clock["clock_uncertainty_s"]
     password = shown.read_text().split('"password":"')[1].split('"')[0]
     assert not [p for p in folder.rglob("*") if p.is_file() and password.encode() in p.read_bytes()]
+
+
+def test_a_device_that_is_to_compute_where_it_cannot_says_so() -> None:
+    arguments = ["device", "--broker", "mqtt://127.0.0.1:1", "--name", "laptop", "--device", "cuda:7"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert done.output.startswith("semct: torch ")
+    assert "'cuda:7'" in done.output

@@ -119,12 +119,13 @@ def test_the_command_prints_the_table_and_leaves_it(tmp_path: Path) -> None:
     made.write_text(
         "name: small\nframeworks: [semct, device-only]\ndevices: [{count: 2}, {count: 2, compute: jetson-orin}]\n"
         "prompts: {list: [a cat in the snow, a dog in the snow, a bus at night, a car at night]}\n"
-        "planning: {writer: medoid, clusters: 2}\n"
+        "planning: {writer: medoid, clusters: 2}\nfaults: {script: [{at: 1s, what: dies, node: device-1}]}\n"
     )
     done = CliRunner().invoke(app, ["simulate", str(made), "--users", "12", "--seeds", "2", "--runs", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "24/24" in done.output
     assert "12 users ask for 4 different prompts" in " ".join(done.output.split())
+    assert "the `faults` of small are left out" in done.output
     (folder,) = tmp_path.glob("*-small-*")
     assert pl.read_csv(folder / "summary.csv")["asked"].to_list() == [24, 24]
     assert pl.read_parquet(folder / "requests.parquet").height == 48
