@@ -346,6 +346,7 @@ def attach_device(
     model: Annotated[str, typer.Option(help="The model to measure this machine's pace with beforehand.")] = "embedded",
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     device: Annotated[str, typer.Option(help="auto (a GPU where torch sees one), cpu, or cuda:N.")] = "auto",
+    metrics: Annotated[str, typer.Option(help="Where Prometheus may ask: PORT (on loopback) or HOST:PORT.")] = "",
 ) -> None:
     """Take a place in a running testbed with this machine, which runs its own steps at its own pace."""
     from broker.address import BadAddress  # noqa: PLC0415
@@ -356,7 +357,7 @@ def attach_device(
     from semct.diffusion import ModelNotFound  # noqa: PLC0415
 
     try:
-        door = make_door(broker, "device", testbed, name, str(credentials or ""))
+        door = make_door(broker, "device", testbed, name, credentials=str(credentials or ""), metrics=metrics)
         attach(door, model=model, device=device, threads=threads, console=Console())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,6 +19,7 @@ from broker.credentials import BadCredentials, load_credentials
 from broker.messages import Assign, Close, Enrol
 from broker.session import BrokerRefused, BrokerUnreachable, Session
 from broker.topics import Topics
+from node.metrics import parse_listener
 from node.settings import Settings, read_settings, start_logging
 
 TESTBED = "local"
@@ -30,7 +31,7 @@ _logger = logging.getLogger(__name__)
 class Door(msgspec.Struct, frozen=True, kw_only=True):
     """Where and as what a node enrols: the broker, the testbed, its part, and the only place that will do, if any.
 
-    ``credentials`` is the file with what the broker asks for, if it does.
+    ``credentials`` is the file with what the broker asks for, if it does; ``metrics`` is where Prometheus may ask.
     """
 
     address: Address
@@ -38,6 +39,7 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     testbed: str = TESTBED
     wants: str | None = None
     credentials: str = ""
+    metrics: str = ""
 
     @property
     def name(self) -> str:
@@ -45,8 +47,12 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
         return self.wants or provisional_name(socket.gethostname())
 
 
-def make_door(broker: str, role: Literal["edge", "device"], testbed: str, wants: str | None, credentials: str) -> Door:
+def make_door(
+    broker: str, role: Literal["edge", "device"], testbed: str, wants: str | None, *, credentials: str, metrics: str
+) -> Door:
     """The door at a broker's address; raises ``BadAddress``, also where credentials and TLS do not go together."""
+    if metrics:
+        parse_listener(metrics)
     address = Address.parse(broker)
     if address.tls != bool(credentials):
         raise BadAddress(
@@ -54,7 +60,7 @@ def make_door(broker: str, role: Literal["edge", "device"], testbed: str, wants:
             if credentials
             else f"{broker} asks for TLS: name the file of credentials that `semct enroll` made for this node"
         )
-    return Door(address=address, role=role, testbed=testbed, wants=wants, credentials=credentials)
+    return Door(address=address, role=role, testbed=testbed, wants=wants, credentials=credentials, metrics=metrics)
 
 
 def provisional_name(host: str) -> str:
@@ -111,7 +117,11 @@ def serve_enrolled(kind: type[Settings], serve: Callable[[Settings], bool], door
             left = assign.run
             continue
         here = msgspec.structs.replace(
-            settings, host=door.address.host, port=door.address.port, credentials=door.credentials
+            settings,
+            host=door.address.host,
+            port=door.address.port,
+            credentials=door.credentials,
+            metrics=door.metrics,
         )
         _logger.info("%s is %s from now on", door.name, here.name)
         if serve(here):
@@ -127,6 +137,7 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
     parser.add_argument("--name", help="the only place of the scenario that will do; by default the next free one")
     parser.add_argument("--testbed", default=TESTBED, help=f"the testbed's name on the broker, by default {TESTBED}")
     parser.add_argument("--credentials", default="", help="what to show a broker with TLS: a file by semct enroll")
+    parser.add_argument("--metrics", default="", help="where Prometheus may ask: PORT (on loopback) or HOST:PORT")
     arguments = parser.parse_args()
     if (arguments.settings is None) == (arguments.broker is None):
         parser.error("give either a settings file or --broker")
@@ -135,7 +146,14 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
         serve(read_settings(kind, arguments.settings))
         return 0
     try:
-        door = make_door(arguments.broker, role, arguments.testbed, arguments.name or None, arguments.credentials)
+        door = make_door(
+            arguments.broker,
+            role,
+            arguments.testbed,
+            arguments.name or None,
+            credentials=arguments.credentials,
+            metrics=arguments.metrics,
+        )
         serve_enrolled(kind, serve, door)
     except (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable) as error:
         sys.exit(str(error))

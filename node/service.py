@@ -13,6 +13,7 @@ from typing import Literal
 from broker.messages import Birth, Close, Ping, Watch
 from broker.session import Incoming, Session
 from broker.topics import Topics
+from node.metrics import exposition, metrics_of, shown
 from node.reporting import Reporter
 from node.serving import answer, tasks_until_end
 from node.settings import NodeSettings
@@ -69,6 +70,7 @@ async def service(
             credentials=s.shown(),
         ) as session,
         tasks_until_end() as tasks,
+        shown(s.metrics, lambda: exposition(metrics_of(worker, session), node=s.name, role=role)),
     ):
         reporter = Reporter(session)
         tasks.create_task(worker.drive(reporter))

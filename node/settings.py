@@ -27,6 +27,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``measured`` is a profile file that says what a native node is expected to take, where that was measured before.
     ``credentials`` is the file with what the node shows the broker, where that asks for it.
     ``torch_device`` is where the models run: ``auto`` is the first GPU, where torch sees one, else the processor.
+    ``metrics`` is where Prometheus may ask: ``PORT``, which is on loopback, or ``HOST:PORT``; by default nowhere.
     """
 
     testbed: Name
@@ -43,6 +44,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     threads: Annotated[int, Meta(ge=1)] = 1
     torch_device: TorchDevice = "cpu"
+    metrics: str = ""
 
     def shown(self) -> Credentials | None:
         """What the node shows the broker; raises ``BadCredentials``."""

@@ -95,6 +95,16 @@ class Worker:
         )
 
     @property
+    def totals(self) -> Totals:
+        """What the engine has done since the node began."""
+        return self._engine.totals
+
+    @property
+    def under_way(self) -> int:
+        """How many requests it works on."""
+        return len(self._running)
+
+    @property
     def latent_bytes(self) -> int:
         """Bytes that an intermediate result takes on the wire."""
         latent = pack(self._main.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import msgspec
 
@@ -110,10 +111,11 @@ async def test_an_old_message_of_a_place_does_not_free_it(bus: tuple[str, int], 
 
 
 async def test_a_device_program_serves_one_run_after_the_other(
-    bus: tuple[str, int], ear: Ears, tiny_folder: Path
+    bus: tuple[str, int], ear: Ears, tiny_folder: Path, unused_tcp_port: int
 ) -> None:
     settings = msgspec.structs.replace(laptop(bus), name="device-1", models=(str(tiny_folder),))
     command = [sys.executable, "-m", "device_node", "--broker", f"{bus[0]}:{bus[1]}", "--testbed", "t"]
+    command += ["--metrics", str(unused_tcp_port)]
     program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: ASYNC220
     listening = [TOPICS.every(what) for what in ("birth", "enrol", "spent", "request")]
     try:
@@ -134,6 +136,8 @@ async def test_a_device_program_serves_one_run_after_the_other(
                     )  # fmt: skip
                     await heard.session.publish(TOPICS.inbox("device-1", "work"), todo)
                     await heard.until(Work, request=f"q{run}")
+                    shown = await asyncio.to_thread(urlopen, f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=10)
+                    assert b'semct_denoiser_calls_total{node="device-1",role="device"} 1\n' in shown.read()
                     if run == 1:  # this run forgets to dismiss it; the next one's enrolment fetches it
                         continue
                     await heard.session.publish(TOPICS.inbox("device-1", "control"), Close(ends=True))
