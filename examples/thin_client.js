@@ -1,5 +1,6 @@
 // A device without a model in a browser, over WebSockets: examples/thin_client.html?broker=ws://HOST:PORT/mqtt&name=phone
-// It does what examples/thin_client.py does; docs/protocol.md describes every message.
+// It does what examples/thin_client.py does; docs/protocol.md describes every message. With wss:// it asks for the file
+// of credentials that `semct enroll` made; its authority must be one that the browser trusts.
 
 const options = new URLSearchParams(location.search);
 const testbed = options.get("testbed") ?? "local";
@@ -8,6 +9,7 @@ const broker = options.get("broker") ?? `ws://${location.hostname}:1883/mqtt`;
 const root = `semct/${testbed}/${name}/`;
 
 const asked = new Map(); // request -> when its user asked, by this device's clock
+let shown = {}; // what the broker wants to know of us
 let assigned = false;
 let client = null;
 
@@ -97,6 +99,7 @@ function connect() {
     cleanSession: false,
     keepAliveInterval: 20,
     timeout: 5,
+    ...shown,
     willMessage: payload(birth("lost"), "birth", true),
     onFailure: again,
     onSuccess: () => {
@@ -115,4 +118,14 @@ function again() {
   setTimeout(connect, 1000);
 }
 
-connect();
+async function choose(event) {
+  const credentials = JSON.parse(await event.target.files[0].text());
+  shown = { userName: credentials.name, password: credentials.password };
+  connect();
+}
+
+const file = document.querySelector("#credentials");
+if (broker.startsWith("wss:")) {
+  file.hidden = false;
+  file.addEventListener("change", choose, { once: true });
+} else connect();

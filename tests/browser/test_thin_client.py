@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser, expect
 
+from broker.authority import enroll, make_authority
 from semct import load_run
 
 pytestmark = pytest.mark.browser
@@ -40,14 +41,24 @@ def pages() -> Iterator[str]:
         server.shutdown()
 
 
-async def test_a_browser_is_a_device(tmp_path: Path, browser: Browser, pages: str, unused_tcp_port: int) -> None:
+@pytest.mark.parametrize("guarded", [False, True])
+async def test_a_browser_is_a_device(
+    tmp_path: Path, browser: Browser, pages: str, unused_tcp_port: int, *, guarded: bool
+) -> None:
     (tmp_path / "beside.yaml").write_text(SCENARIO)
     door = f"127.0.0.1:{unused_tcp_port}"
     command = [sys.executable, "-m", "experiments", "run", "beside.yaml", "--listen", door]
+    if guarded:
+        make_authority(tmp_path / "authority", ["127.0.0.1"])
+        credentials = enroll(tmp_path / "authority", "phone")
+        command += ["--authority", "authority"]
     run = await asyncio.create_subprocess_exec(*command, cwd=tmp_path)
     try:
-        page = await browser.new_page()
-        await page.goto(f"{pages}/examples/thin_client.html?broker=ws://{door}/mqtt&name=phone")
+        page = await browser.new_page(ignore_https_errors=guarded)  # the authority is not one that browsers know
+        scheme = "wss" if guarded else "ws"
+        await page.goto(f"{pages}/examples/thin_client.html?broker={scheme}://{door}/mqtt&name=phone")
+        if guarded:
+            await page.set_input_files("#credentials", credentials)
         await expect(page.locator("#pictures img")).to_have_count(1, timeout=180_000)
         assert await page.evaluate("document.querySelector('#pictures img').naturalWidth") >= 64
         await expect(page.locator("#state")).to_have_text("over", timeout=60_000)
