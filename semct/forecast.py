@@ -52,13 +52,14 @@ def expect(
     network: Network,
     weights: Weights,
     quality: QualityModel,
+    own: Floats | float = 0.0,
 ) -> dict[str, Prediction]:
     """The predictions for requests with these splits, by their ids; ``similarity`` (requests,) is phi.
 
-    Planning takes no time here.
+    ``own`` (requests,) is their part in a public prompt that is a mean. Planning takes no time here.
     """
     users, steps = Users.of(network, [r.device for r in requests]), np.array([r.steps for r in requests])
-    expected = quality.quality(similarity, splits.shared * quality.steps / steps)
+    expected = quality.quality(similarity, splits.shared * quality.steps / steps, own)
     outcomes = serve(users, splits, network.nodes[network.edge], expected)
     gained = utilities(outcomes, users.alone(steps, quality.quality(similarity, 0.0)), weights)
     columns = (outcomes.quality, outcomes.latency, outcomes.energy, gained)

@@ -324,8 +324,9 @@ def field_of(
     quality: QualityModel,
     most_shared: int,
     sharing: bool = True,
+    own: Sequence[Floats] | None = None,
 ) -> Field:
-    """One batch as its agents find it: users in the order of the groups.
+    """One batch as its agents find it: users in the order of the groups; ``own`` as in ``splits.costs``.
 
     Raises ``ValueError`` where requests differ in their number of steps.
     """
@@ -343,6 +344,7 @@ def field_of(
         edge=edge,
         weights=weights,
         quality=quality,
+        own=None if own is None else np.concatenate(own),
     )
     return Field(
         prices=prices,

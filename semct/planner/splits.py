@@ -84,9 +84,11 @@ def costs(
     quality: QualityModel,
     most_shared: int,
     sharing: bool = True,
+    own: Sequence[Floats] | None = None,
 ) -> list[Costs]:
     """The costs of each cluster; ``similarity`` (members,) is phi, group by group.
 
+    ``own`` (members,) is each member's part in a public prompt that is a mean; without it, all are in words.
     Raises ``ValueError`` where the requests of a cluster differ in their number of steps.
     """
     for group in groups:
@@ -101,16 +103,17 @@ def costs(
         longest = min(most_shared, steps) if sharing else 0
         members = [requests[i] for m in numbers for i in groups[m]]
         phi = np.concatenate([similarity[m] for m in numbers])
+        parts = np.zeros(len(phi)) if own is None else np.concatenate([own[m] for m in numbers])
         users = Users.of(network, [r.device for r in members])
         edge = network.nodes[network.edge]
-        prices = price(users, phi, steps, longest, edge=edge, weights=weights, quality=quality)
-        own = prices.own()
-        bends = corners(own)
+        prices = price(users, phi, steps, longest, edge=edge, weights=weights, quality=quality, own=parts)
+        alone = prices.own()
+        bends = corners(alone)
         first = 0
         for m in numbers:
             mine = slice(first, first := first + len(groups[m]))
             made[m] = Costs(
-                own=own[mine],
+                own=alone[mine],
                 corners=bends[mine],
                 second=float(prices.second[mine].sum()),
                 step=edge.full_seconds,
@@ -128,9 +131,14 @@ def price(
     edge: NodeState,
     weights: Weights,
     quality: QualityModel,
+    own: Floats | None = None,
 ) -> Prices:
-    """The prices of users with this similarity (users,) of personal and public prompt, and at most so long an x."""
-    curve = quality.quality(similarity[:, None], np.arange(longest + 1) * (quality.steps / steps))
+    """The prices of users with this similarity (users,) of personal and public prompt, and at most so long an x.
+
+    ``own`` (users,) is their part in a public prompt that is a mean.
+    """
+    parts = 0.0 if own is None else own[:, None]
+    curve = quality.quality(similarity[:, None], np.arange(longest + 1) * (quality.steps / steps), parts)
     reference = users.alone(steps, curve[:, 0])
     second = weights.latency / reference.latency
     metered = reference.energy > 0

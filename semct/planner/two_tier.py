@@ -15,7 +15,7 @@ from semct.planner.shares import shares
 from semct.planner.splits import Costs, Frontier, Split, costs
 from semct.public_prompt import PublicPrompt
 from semct.quality import QualityModel
-from semct.routes import Cluster, Plan, Request, route
+from semct.routes import Cluster, Plan, Request, part, route
 
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +53,8 @@ def plan(
     split are ``uniform``; those without shared inference pass one group per request and no ``sharing``.
     ``most_shared`` bounds x. A ``policy`` decides in place of the exact search, but for those who are ``uniform``.
     """
+    # A mean of prompts does not cost what a sentence of its similarity does.
+    own = [np.array([_part(requests[i].prompt, p) for i in group]) for group, p in zip(groups, public, strict=True)]
     if policy is not None and not uniform:
         field = field_of(
             requests,
@@ -63,6 +65,7 @@ def plan(
             quality=quality,
             most_shared=most_shared,
             sharing=sharing,
+            own=own,
         )
         solution = decided(policy, field)
     else:
@@ -75,15 +78,22 @@ def plan(
             quality=quality,
             most_shared=most_shared,
             sharing=sharing,
+            own=own,
         )
         solution = solve(tables, uniform=uniform)
     made = lay_out(requests, groups, public, similarity, solution, model=model, edge=network.edge)
     taken = arrays(groups, solution, len(requests))
-    phi = np.empty(len(requests))
-    for group, values in zip(groups, similarity, strict=True):
-        phi[list(group)] = values
-    predictions = expect(requests, taken, phi, network=network, weights=weights, quality=quality)
+    phi, parts = np.empty((2, len(requests)))
+    for group, values, theirs in zip(groups, similarity, own, strict=True):
+        phi[list(group)], parts[list(group)] = values, theirs
+    predictions = expect(requests, taken, phi, network=network, weights=weights, quality=quality, own=parts)
     return msgspec.structs.replace(made, predictions=predictions)
+
+
+def _part(prompt: str, public: PublicPrompt) -> float:
+    """A member's part in a public prompt that is a mean; nothing in its own prompt alone, which is none."""
+    found = part(prompt, public.text)
+    return found if found < 1 else 0.0
 
 
 def solve(tables: Sequence[Costs], *, uniform: bool = False) -> Solution:

@@ -447,3 +447,30 @@ def test_shares_follow_the_clusters_work() -> None:
     plan = situation(A100, [RTX] * 5, sizes=[4, 1]).plan()
     assert sum(c.share for c in plan.clusters) == pytest.approx(1)
     assert [c.members for c in plan.clusters] == [("rd0", "rd1", "rd2", "rd3"), ("rd4",)]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_mean_of_prompts_is_priced_as_one(weight: float) -> None:
+    curves = load_quality_model("embedded")
+    asked = situation(A100, [RTX] * 2, sizes=[2])
+    public = PublicPrompt(tuple(r.prompt for r in asked.requests), "mean", 0.6, 1)
+    rest = (1 - weight) / 2
+    plan = two_tier.plan(
+        asked.requests,
+        asked.groups,
+        [public],
+        [np.full(2, 0.6)],
+        model="m",
+        network=asked.network,
+        weights=Weights(quality=weight, latency=rest, energy=rest),
+        quality=curves,
+        most_shared=STEPS,
+    )
+    for request in asked.requests:
+        route = next(r for r in plan.routes if r.request == request.id)
+        shared = sum(s.stop - s.start for s in route.segments if s.prompt == public.text)
+        expected = curves.quality(0.6, shared * curves.steps / STEPS, 0.5)
+        assert plan.predictions[request.id].quality == pytest.approx(float(expected))
+        if weight == 0:
+            assert shared > 0
+            assert float(expected) != pytest.approx(float(curves.quality(0.6, shared * curves.steps / STEPS)), abs=1e-4)
