@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.topics import Topics
+from node import enrolment
 from node.enrolment import provisional_name, start
 from node.settings import NodeSettings
 
@@ -34,6 +35,7 @@ def test_a_wrong_command_line_ends_with_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["device_node", *arguments])
+    monkeypatch.setattr(enrolment, "start_logging", lambda: None)  # it would go on for all tests after this one
     with pytest.raises(SystemExit) as refused:
         start(NodeSettings, lambda _: True, "device")
     said = f"{capsys.readouterr().err}{refused.value.code}"  # what exits with words prints them then
