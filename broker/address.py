@@ -1,4 +1,4 @@
-"""Where a broker is, as a person writes it: ``HOST``, ``HOST:PORT``, ``mqtt://HOST:PORT`` or ``mqtts://HOST:PORT``."""
+"""Addresses as a person writes them: a broker's (``HOST``, ``HOST:PORT``, ``mqtt[s]://...``), or a place to listen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 class BadAddress(ValueError):
-    """A text is no broker's address; one sentence says what one looks like."""
+    """A text is no address; one sentence says what one looks like."""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -35,6 +35,17 @@ class Address(msgspec.Struct, frozen=True):
                 f"{_shown(text)!r} is no address of a broker: write mqtt://HOST:PORT, or mqtts://HOST:PORT with TLS"
             )
         return cls(parts.hostname or "", _PORTS[parts.scheme] if port is None else port, parts.scheme == "mqtts")
+
+
+def listener(text: str, purpose: str, *, least: int = 0) -> tuple[str, int]:
+    """Where to listen, from ``PORT`` (of loopback) or ``ADDRESS:PORT``; ``least`` is the lowest port that will do.
+
+    Raises ``BadAddress`` with the ``purpose``, such as "for the live page".
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not least <= int(port) < 65536:
+        raise BadAddress(f"{text!r} is no place {purpose}: give a port, or an address and a port")
+    return host or "127.0.0.1", int(port)
 
 
 def _shown(text: str) -> str:

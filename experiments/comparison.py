@@ -43,9 +43,9 @@ def write_comparison(folders: Sequence[Path], to: Path) -> Path:
     """
     runs = {_letter(number): load_run(folder) for number, folder in enumerate(folders)}
     page = to / "report.html"
-    requests = _requests(runs)
-    summary = summarise(requests, frameworks=_rows(runs))
-    found = list(comparisons(summary, _looks(summary, runs))) if summary["answered"].sum() else []
+    rows = _rows(runs)
+    summary = summarise(_requests(runs), frameworks=[f"{name} ({letter})" for name, letter in rows])
+    found = list(comparisons(summary, _looks(rows))) if summary["answered"].sum() else []
     differences, apart = _differences(runs)
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -77,15 +77,11 @@ def _letter(number: int) -> str:
     return (_letter(before - 1) if before else "") + ascii_uppercase[last]
 
 
-def _rows(runs: Mapping[str, Run]) -> list[str]:
-    """Every framework of every run, those of the same name beside each other."""
-    names = dict.fromkeys(name for run in runs.values() for name in (*run.info.frameworks, *run.requests["framework"]))
-    return [
-        f"{name} ({letter})"
-        for name in names
-        for letter, run in runs.items()
-        if name in {*run.info.frameworks, *run.requests["framework"]}
-    ]
+def _rows(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
+    """Every framework with every run that has it, those of the same name beside each other."""
+    there = {letter: dict.fromkeys([*run.info.frameworks, *run.requests["framework"]]) for letter, run in runs.items()}
+    names = dict.fromkeys(name for each in there.values() for name in each)
+    return [(name, letter) for name in names for letter in runs if name in there[letter]]
 
 
 def _requests(runs: Mapping[str, Run]) -> pl.DataFrame:
@@ -96,13 +92,11 @@ def _requests(runs: Mapping[str, Run]) -> pl.DataFrame:
     )
 
 
-def _looks(summary: pl.DataFrame, runs: Mapping[str, Run]) -> list[figures.Look]:
+def _looks(rows: Sequence[tuple[str, str]]) -> list[figures.Look]:
     """A colour for each framework, a marker for each run."""
-    names = [str(name).rpartition(" (") for name in summary["framework"]]
-    order, letters = list(dict.fromkeys(name for name, _, _ in names)), list(runs)
+    names, letters = (list(dict.fromkeys(column)) for column in zip(*rows, strict=True))
     return [
-        figures.Look(figures.colour(order.index(name)), figures.marker(letters.index(letter.rstrip(")"))))
-        for name, _, letter in names
+        figures.Look(figures.colour(names.index(name)), figures.marker(letters.index(letter))) for name, letter in rows
     ]
 
 

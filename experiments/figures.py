@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from experiments.summary import LATENCY, QUALITY, Measure, decimals
+from experiments.summary import ENERGY, LATENCY, QUALITY, TFLOP, Measure, decimals
 
 COLUMN = 3.5
 """Inches: the width of a column of a two-column paper."""
@@ -75,10 +75,10 @@ _SEEN = 0.002  # of the whole: parts below it are too thin to be seen, and stand
 
 
 _POSSIBLE = {
-    "quality": (-1.0, 1.0),
-    "latency_s": (0.0, math.inf),
-    "energy_j": (0.0, math.inf),
-    "tflop": (0.0, math.inf),
+    QUALITY.column: (-1.0, 1.0),
+    LATENCY.column: (0.0, math.inf),
+    ENERGY.column: (0.0, math.inf),
+    TFLOP.column: (0.0, math.inf),
 }
 """What a measure may be: an interval over few users would leave that, and is cut off there."""
 

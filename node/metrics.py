@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from broker.address import BadAddress
+from broker.address import listener
 from broker.session import Session
 from node.worker import Worker
 
@@ -66,16 +66,13 @@ def exposition(metrics: tuple[Metric, ...], *, node: str, role: str) -> str:
 
 def parse_listener(text: str) -> tuple[str, int]:
     """Where to listen, from ``PORT`` (on loopback) or ``HOST:PORT``; raises ``BadAddress``."""
-    host, _, port = text.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise BadAddress(f"{text!r} is no place to show metrics at: write PORT, which is on loopback, or HOST:PORT")
-    return host or "127.0.0.1", int(port)
+    return listener(text, "to show metrics at", least=1)
 
 
 @asynccontextmanager
-async def shown(listener: str, text: Callable[[], str]) -> AsyncIterator[None]:
-    """Answer ``GET /metrics`` at a listener while the block lasts; without one, or where it is taken, do nothing."""
-    if not listener:
+async def shown(place: str, text: Callable[[], str]) -> AsyncIterator[None]:
+    """Answer ``GET /metrics`` at a place while the block lasts; without one, or where it is taken, do nothing."""
+    if not place:
         yield
         return
 
@@ -94,11 +91,11 @@ async def shown(listener: str, text: Callable[[], str]) -> AsyncIterator[None]:
                 await writer.drain()
         writer.close()
 
-    host, port = parse_listener(listener)
+    host, port = parse_listener(place)
     try:
         server = await asyncio.start_server(answer, host, port, limit=_LONGEST)
     except OSError as error:
-        _logger.error("metrics cannot be shown at %s: %s", listener, error.strerror or error)
+        _logger.error("metrics cannot be shown at %s: %s", place, error.strerror or error)
         yield
         return
     async with server:

@@ -238,6 +238,7 @@ class _Play:
     def __init__(self, batches: Sequence[Sent], network: Network, cache: LatentCache | None) -> None:
         self._network = network
         self._cache = cache
+        self._noted: set[Prefix] = set()
         self._ways = [way for number, batch in enumerate(batches) for way in self._ways_of(batch, number)]
         self._ways.sort(key=lambda way: way.at)
         models = {s.model for way in self._ways for s in way.route.segments}
@@ -252,7 +253,7 @@ class _Play:
         for route in batch.plan.routes:
             cluster, share = shares.get(route.request, (None, 1.0))
             spared = batch.plan.spared.get(route.request, 0)
-            caching = self._cache is not None and batch.plan.caching and self._notes(route, spared)
+            caching = batch.plan.caching and self._notes(route, spared)
             yield _Way(
                 route=route,
                 device=devices[route.request],
@@ -266,11 +267,12 @@ class _Play:
 
     def _notes(self, route: Route, spared: int) -> bool:
         """Whether the cache is told of the start of a route; not where its steps come from before these batches."""
-        first, cache = route.segments[0], self._cache
+        first = route.segments[0]
         prefix = Prefix(seed=route.seed, steps=route.steps, model=first.model, prompt=first.prompt)
-        if cache is None or (spared and prefix not in cache.prefixes(route.steps, first.model)[0]):
+        if self._cache is None or (spared and prefix not in self._noted):
             return False
-        cache.plan(prefix, _NO_VECTOR, first.stop)
+        self._noted.add(prefix)
+        self._cache.plan(prefix, _NO_VECTOR, first.stop)
         return True
 
     def all(self) -> dict[str, tuple[float, float]]:

@@ -21,6 +21,8 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from broker.address import BadAddress, listener
+
 PATH: Final = "/mqtt"
 """Where WebSockets come in."""
 
@@ -177,12 +179,11 @@ def open_gate(address: str) -> socket.socket:
 
     Raises ``NoGate``.
     """
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        raise NoGate(f"{address!r} is no place for the live page: give a port, or an address and a port")
     try:
-        return socket.create_server((host or "127.0.0.1", int(port)))
-    except (OSError, OverflowError) as error:
+        return socket.create_server(listener(address, "for the live page"))
+    except BadAddress as error:
+        raise NoGate(str(error)) from error
+    except OSError as error:
         raise NoGate(f"the live page cannot be served at {address}: {error}") from error
 
 

@@ -54,7 +54,7 @@ def plan(
     ``most_shared`` bounds x. A ``policy`` decides in place of the exact search, but for those who are ``uniform``.
     """
     # A mean of prompts does not cost what a sentence of its similarity does.
-    own = [np.array([_part(requests[i].prompt, p) for i in group]) for group, p in zip(groups, public, strict=True)]
+    own = [np.array([part(requests[i].prompt, p.text) for i in group]) for group, p in zip(groups, public, strict=True)]
     if policy is not None and not uniform:
         field = field_of(
             requests,
@@ -88,12 +88,6 @@ def plan(
         phi[list(group)], parts[list(group)] = values, theirs
     predictions = expect(requests, taken, phi, network=network, weights=weights, quality=quality, own=parts)
     return msgspec.structs.replace(made, predictions=predictions)
-
-
-def _part(prompt: str, public: PublicPrompt) -> float:
-    """A member's part in a public prompt that is a mean; nothing in its own prompt alone, which is none."""
-    found = part(prompt, public.text)
-    return found if found < 1 else 0.0
 
 
 def solve(tables: Sequence[Costs], *, uniform: bool = False) -> Solution:

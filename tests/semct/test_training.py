@@ -145,7 +145,7 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 def test_the_recipe_makes_folders_that_load(tmp_path: Path) -> None:
-    arguments = ["--output", str(tmp_path), "--steps", "1", "--pairs", "256", "--no-compiled"]
+    arguments = ["--output", str(tmp_path), "--steps", "2", "--pairs", "256", "--no-compiled"]
     for more in ([], ["--resume"]):
         result = CliRunner().invoke(app, arguments + more)
         assert result.exit_code == 0, result.output
