@@ -1,5 +1,6 @@
 """What happens to a run in containers when containers come and go: every request has one outcome, and the run ends."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,21 +11,15 @@ from pathlib import Path
 import pytest
 
 from semct.runs import Run, load_run
+from tests.compose import engine
 
 pytestmark = pytest.mark.compose
 
-ROOT = Path(__file__).parents[2]
-RUNS = ROOT / "runs"
+RUNS = engine.ROOT / "runs"
 ENVIRONMENT = {**os.environ, "SCENARIO": "tests/compose/five.yaml", "DEVICES": "5", "HF_HUB_OFFLINE": "1"}
 ROUNDS = 2
 
-
-def docker(*words: str) -> str:
-    done = subprocess.run(
-        ["docker", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, (words, done.stdout[-3000:] + done.stderr[-3000:])
-    return done.stdout.strip()
+docker = functools.partial(engine.docker, environment=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from semct.runs import Run, load_run
+from tests.compose.engine import ROOT
 
 pytestmark = pytest.mark.compose
 
-ROOT = Path(__file__).parents[2]
 SCENARIO = "tests/compose/links.yaml"
 ENVIRONMENT = {**os.environ, "SCENARIO": SCENARIO, "DEVICES": "2", "HF_HUB_OFFLINE": "1"}
 

@@ -1,6 +1,5 @@
 """Rendered compose files: Compose takes the one for GPUs, and a swarm of one node runs the stack."""
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,18 +9,12 @@ import pytest
 from experiments.composing import as_stack, pin, read_compose, to_yaml, with_gpus
 from experiments.scenario import load_scenario
 from semct.runs import load_run
+from tests.compose.engine import ROOT, docker
 
 pytestmark = pytest.mark.compose
 
-ROOT = Path(__file__).parents[2]
 SCENARIO = Path("tests/compose/unshaped.yaml")
 STACK = "semct-stack"
-
-
-def docker(*words: str, check: bool = True) -> str:
-    done = subprocess.run(["docker", *words], cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0 or not check, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture
