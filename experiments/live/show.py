@@ -131,16 +131,19 @@ class Show:
         self._order = order
 
     async def _publish(self) -> None:
-        """Publish what has changed."""
-        changed, self._scene.changed = self._scene.changed, set()
-        for part in sorted(changed):
+        """Publish what has changed, the run itself last: who sees its end has seen all."""
+        for part in sorted(self._scene.changed, key=lambda part: (part == "run", part)):
+            self._scene.changed.discard(part)
             content = msgspec.msgpack.encode(self._scene.take(part))
             if self._sent.get(part) == content:
                 continue
-            self._sent[part] = content
             name = part if part not in self._devices else f"of-{self._devices.index(part) + 1}"
             view = View(run=self._run, content=msgspec.Raw(content))
             try:
                 await self._session.publish(self._session.topics.view(self._session.name, name), view, retain=True)
             except MalformedMessage as error:
                 _logger.warning("the live page lacks %s: %s", name, error)
+            except BaseException:  # whoever publishes next begins with it
+                self._scene.changed.add(part)
+                raise
+            self._sent[part] = content

@@ -5,8 +5,10 @@ import socket
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiomqtt
+import msgspec
 import pytest
 import pytest_asyncio
 from hypothesis import given
@@ -15,15 +17,20 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from broker.local import LocalBroker
-from broker.messages import Progress, Watch
+from broker.messages import Progress, View, Watch
 from broker.session import Session
+from broker.topics import Topics
 from experiments.live.gate import PATH, Forbidden, Gate, NoGate, Reading, open_gate
 from experiments.live.scene import _loss, _stretches
+from experiments.live.show import Show
+from experiments.record import RunFolder
+from experiments.scenario import load_scenario
 from netem.link import FourState, GilbertElliott, LinkState, Probability
 from node.reporting import Reporter
 from semct.routes import Route, Segment
 
 PAGE = Path(__file__).parents[2] / "experiments" / "live" / "page"
+SCENARIOS = PAGE.parents[1] / "scenarios"
 CONNECT = b"\x10\x14\x00\x04MQTT\x04\x02\x00\x1e\x00\x08viewer-1"
 
 
@@ -190,3 +197,35 @@ async def test_a_node_says_how_far_requests_are_while_somebody_watches(tmp_path:
         assert heard == [Progress(node="edge", requests={"a": 1}), Progress(node="edge", requests={"a": 3, "b": 28})]
         reporter.watch(Watch(every=0.0))
         assert not reporter.is_watched
+
+
+class Line:
+    """A session that a message gets stuck in, once."""
+
+    name = "runner"
+    topics = Topics("t")
+
+    def __init__(self, stuck: str) -> None:
+        self.told: list[str] = []
+        self._stuck = stuck
+        self.stands = asyncio.Event()
+
+    async def publish(self, topic: str, message: View, **_: bool) -> None:
+        part = topic.rpartition("/")[2]
+        if part == self._stuck:
+            self._stuck = ""
+            self.stands.set()
+            await asyncio.Event().wait()
+        self.told.append(msgspec.msgpack.decode(message.content)["status"] if part == "run" else part)
+
+
+async def test_viewers_are_told_all_before_the_end_whatever_stood_in_between(tmp_path: Path) -> None:
+    scenario = load_scenario(SCENARIOS / "quickstart.yaml")
+    folder = RunFolder.create(tmp_path, "watched")
+    links = SimpleNamespace(now=lambda _: None)
+    async with Gate(open_gate("0")) as gate:
+        line = Line(stuck="notes")
+        async with Show(gate, scenario, folder, links, line, settings={}, beside=tmp_path):  # type: ignore[arg-type]
+            async with asyncio.timeout(5):
+                await line.stands.wait()
+    assert line.told == ["cell", "notes", "round", "table", "finished"]
