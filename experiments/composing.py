@@ -100,10 +100,9 @@ def with_gpus(document: Document, pinning: Pinning) -> Document:
     for service in services.values():
         if "build" in service:
             service["build"].setdefault("args", {})["TORCH"] = "cuda"
-        waits = service.get("depends_on", {})
+        waits = service.get("depends_on", [])
         if "device" in waits:
-            condition = waits.pop("device")
-            waits |= {name: dict(condition) for name in names}
+            service["depends_on"] = [*(part for part in waits if part != "device"), *names]
     return made
 
 

@@ -14,6 +14,8 @@ from netem.link import Link
 from netem.probe import Traffic
 
 _LONGEST = 2**16  # bytes of a message
+_PATIENCE = 180.0  # seconds until the service must be there: containers start in any order
+_AGAIN = 0.2  # seconds between two tries
 _LENGTH = 4  # bytes before each message that say how long it is
 
 
@@ -98,11 +100,21 @@ class LinksClient:
         self._writer: asyncio.StreamWriter | None = None
 
     async def open(self, wanted: Wanted, seed: int) -> str:
-        """Connect; returns what will shape the links. Raises ``LinksRefused``."""
+        """Connect, as soon as the service is there; returns what will shape the links. Raises ``LinksRefused``."""
+        trouble = ""
         try:
-            self._reader, self._writer = await asyncio.open_unix_connection(str(self._path))
+            async with asyncio.timeout(_PATIENCE):
+                while self._writer is None:
+                    try:
+                        self._reader, self._writer = await asyncio.open_unix_connection(str(self._path))
+                    except (FileNotFoundError, ConnectionRefusedError) as error:
+                        trouble = str(error.strerror)
+                        await asyncio.sleep(_AGAIN)
+        except TimeoutError:
+            said = f"the links service did not answer at {self._path} within {_PATIENCE:g} s: {trouble}"
+            raise LinksRefused(said) from None
         except OSError as error:
-            raise LinksRefused(f"the links service does not answer at {self._path}: {error.strerror}") from error
+            raise LinksRefused(f"the links service cannot be reached at {self._path}: {error.strerror}") from error
         using: Using = await self._ask(Use(wanted, seed), Using)
         return using.implementation
 

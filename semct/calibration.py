@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta
-from scipy.optimize import nnls
 
 from semct.diffusion import Denoiser
 from semct.energy import Meter
@@ -127,6 +126,8 @@ def fit(calls: Sequence[Measured]) -> tuple[float, float, float]:
 
     Least squares of relative deviations, so that small calls count as much as large ones.
     """
+    from scipy.optimize import nnls  # noqa: PLC0415 (slow import, and most nodes measure nothing)
+
     rows = np.array([float(c.rows) for c in calls])
     seconds = np.array([c.seconds for c in calls])
     (call, step), _ = nnls(np.stack([1 / seconds, rows / seconds], axis=1), np.ones(len(calls)))

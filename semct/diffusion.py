@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, Self, cast
 
 import msgspec
@@ -36,8 +38,24 @@ def _no_gpu_asked_for() -> Iterator[None]:
         torch.cuda.is_available = asked
 
 
-with _no_gpu_asked_for():  # diffusers does when it is imported
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+@contextmanager
+def _left_for_later(name: str) -> Iterator[None]:
+    """Whoever imports a module meanwhile gets an empty one, which its package replaces when it is asked for more."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+# diffusers asks for GPUs when it is imported; of scipy.stats only schedulers make use that a model may name.
+with _no_gpu_asked_for(), _left_for_later("scipy.stats"):
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import logging as diffusers_log
 
 EMBEDDED = "embedded"
@@ -139,6 +157,27 @@ class _PipelineText:
         return Conditioning(tokens[0], pooled[0])
 
 
+class _Parts:
+    """What a pipeline has besides its text encoders, in a folder that names none; loaded without those of transformers.
+
+    ``transformer`` is another folder's, where that is not None.
+    """
+
+    def __init__(self, source: str, transformer: Any, **options: Any) -> None:
+        if transformer is None:
+            transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+        self.transformer = transformer
+        vae = msgspec.json.decode((Path(source) / "vae" / "config.json").read_bytes())["_class_name"]
+        self.vae = getattr(diffusers, vae).from_pretrained(source, subfolder="vae", **options)
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+        self.image_processor = VaeImageProcessor()
+
+    def to(self, device: str) -> None:
+        """Bring the weights to a torch device."""
+        self.transformer.to(device)
+        self.vae.to(device)
+
+
 class Denoiser:
     """A loaded diffusion model on one torch device.
 
@@ -169,22 +208,20 @@ class Denoiser:
     def _load(cls, model: str, device: str, dtype: torch.dtype) -> Self:
         source = str(ASSETS / model) if model in {EMBEDDED, EMBEDDED_SMALL} else model
         parts = Path(source) / "parts.json"
-        own: dict[str, Any] = {}
+        options = {"dtype": dtype, "local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
+        transformer = None
         diffusers_log.disable_progress_bar()
         try:
             if parts.exists():
-                own["transformer"] = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", dtype=dtype)
+                transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
                 source = str(Path(source) / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of)
             settings = Path(source) / "text.json"
             if settings.exists():
-                own |= dict.fromkeys([f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")])
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                source,
-                dtype=dtype,
-                local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
-                **own,
-            )
-        except (OSError, ValueError, TypeError) as error:
+                pipeline: Any = _Parts(source, transformer, **options)
+            else:
+                own = {} if transformer is None else {"transformer": transformer}
+                pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(source, **own, **options)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(
                 f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r} nor {EMBEDDED_SMALL!r}, nor a "

@@ -41,7 +41,9 @@ class SentenceEncoder:
 
     def __init__(self, model: str | Path = BUNDLED, *, device: str = "cpu") -> None:
         from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415 (slow import)
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         source = str(_bundled_folder() if str(model) == BUNDLED else model)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
