@@ -28,7 +28,8 @@ _OBSERVER = "observer"  # a name of its own beside the runner's
 class ComposePlace:
     """A testbed whose broker and nodes run in containers already. ``edge`` plans, ``helpers`` do not.
 
-    The containers' nodes are given the scenario's places, and are free again at the end.
+    The containers' nodes are given the scenario's places, and are free again at the end. Devices that are ``attached``
+    come from outside, and nobody shapes their links.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ComposePlace:
         self._enrolment = Enrolment(
             self.host, self.port, testbed=testbed, places=[edge, *helpers, *devices], attached=attached
         )
+        self._outside = frozenset(device.name for device in attached)
         self._observer = Session(
             self.host, self.port, testbed=testbed, name=_OBSERVER, subscriptions=[Topics(testbed).every("birth")]
         )
@@ -85,44 +87,47 @@ class ComposePlace:
     async def shape(self, node: str, link: Link) -> None:
         """Bring a node's link into a state; raises ``AttachError`` where it has none or that cannot be done."""
         self._wanted[node] = link
-        if self._links is not None:
+        if (links := self._links_of(node)) is not None:
             async with _reachable(node):
-                await self._links.shape(self._container(node), link)
+                await links.shape(self._container(node), link)
         elif link != Link():
-            raise AttachError(f"the link of {node} is unshaped, it cannot be {link}")
+            raise AttachError(
+                f"the link of {node} comes from outside and is not shaped: give its group of devices `links: {{}}`"
+                if node in self._outside
+                else f"the link of {node} is unshaped, it cannot be {link}"
+            )
 
     async def read(self, node: str) -> Link:
         """The state of a node's link, read back from what shapes it; raises ``AttachError``."""
-        if self._links is None:
+        if (links := self._links_of(node)) is None:
             return Link()
         async with _reachable(node):
-            return await self._links.read(self._container(node))
+            return await links.read(self._container(node))
 
     async def counters(self, node: str) -> Counters | None:
         """What has happened on a node's link, where what shapes it counts that; raises ``AttachError``."""
-        if self._links is None:
+        if (links := self._links_of(node)) is None:
             return None
         async with _reachable(node):
-            return await self._links.counters(self._container(node))
+            return await links.counters(self._container(node))
 
     async def traffic(self) -> dict[str, Traffic]:
         """The bytes that have passed each node's link so far."""
         found: dict[str, Traffic] = {}
-        if self._links is None:
-            return found
         for node in self._wanted:
-            with suppress(AttachError):  # its container has ended
-                async with _reachable(node):
-                    found[node] = await self._links.traffic(self._container(node))
+            if (links := self._links_of(node)) is not None:
+                with suppress(AttachError):  # its container has ended
+                    async with _reachable(node):
+                        found[node] = await links.traffic(self._container(node))
         return found
 
     async def round_trip(self, node: str, patience: float) -> float | None:
         """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
-        if self._links is None:
+        if (links := self._links_of(node)) is None:
             return None
         with suppress(AttachError):
             async with _reachable(node):
-                return await self._links.round_trip(self._container(node), patience)
+                return await links.round_trip(self._container(node), patience)
         return None
 
     def memory(self) -> dict[str, float]:
@@ -155,6 +160,10 @@ class ComposePlace:
             if birth.name in self._fixed:
                 raise PlaceFailed(said)
             self.ended[birth.name] = said
+
+    def _links_of(self, node: str) -> LinksClient | None:
+        """What shapes a node's link, if anything does."""
+        return None if node in self._outside else self._links
 
     def _container(self, node: str) -> str:
         birth = self._births.get(node)

@@ -68,13 +68,10 @@ def check(image: str) -> None:
     if _ask("image", "inspect", image):
         raise PlaceFailed(f"the image {image} is not here: build it with `docker compose build experiment`")
     port = os.environ.get("BROKER_PORT", "0")
-    address = os.environ.get("BROKER_ADDRESS", "127.0.0.1")
     try:
-        socket.create_server((address, int(port))).close()
+        socket.create_server(("127.0.0.1", int(port))).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise PlaceFailed(
-            f"the broker cannot have port {port} of {address}: {error}; set another BROKER_PORT"
-        ) from error
+        raise PlaceFailed(f"the broker cannot have port {port} of 127.0.0.1: {error}; set another BROKER_PORT") from error
 
 
 def _ask(*question: str) -> str:

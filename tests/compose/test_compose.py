@@ -1,6 +1,8 @@
 """The testbed in real containers: the image is built, the scenario runs, and the record is that of a local run."""
 
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import CallbackAPIVersion, Client
 
 from semct.runs import Run, load_run
 from tests.compose.engine import ROOT
@@ -19,14 +22,17 @@ SCENARIO = "tests/compose/links.yaml"
 ENVIRONMENT = {**os.environ, "SCENARIO": SCENARIO, "DEVICES": "2", "HF_HUB_OFFLINE": "1"}
 
 
-def compose(*words: str) -> subprocess.CompletedProcess[str]:
+def compose(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["docker", "compose", *words]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False)
+    surroundings = ENVIRONMENT | environment
+    return subprocess.run(
+        command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=1800, check=False
+    )
 
 
-def up() -> tuple[Run, str]:
+def up(*files: str, **environment: str) -> tuple[Run, str]:
     before = set((ROOT / "runs").iterdir())
-    done = compose("up", "--exit-code-from", "experiment", "--no-color")
+    done = compose(*files, "up", "--exit-code-from", "experiment", "--no-color", **environment)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     made = set((ROOT / "runs").iterdir()) - before
     assert done.returncode == 0, said
@@ -79,3 +85,34 @@ def test_a_second_up_works_after_all_was_killed() -> None:
     assert not failures
     run, _ = up()
     assert run.info.status == "finished"
+
+
+def test_a_device_from_outside_takes_part_and_nobody_else_comes_in(tmp_path: Path) -> None:
+    enroll = [sys.executable, "-m", "experiments", "enroll", "--folder", str(tmp_path)]
+    subprocess.run([*enroll, "--ca", "127.0.0.1"], cwd=ROOT, check=True)
+    subprocess.run([*enroll, "phone"], cwd=ROOT, check=True)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        door, web_door = (f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other))
+    environment = {
+        "SCENARIO": "tests/compose/attached.yaml",
+        "DEVICES": "1",
+        "OWNER": str(os.geteuid()),
+        "AUTHORITY": str(tmp_path),
+        "DOOR": door,
+        "WEB_DOOR": web_door,
+    }
+    answers: list[str] = []
+    stranger = Client(CallbackAPIVersion.VERSION2)
+    stranger.tls_set_context(ssl.create_default_context(cafile=str(tmp_path / "ca.crt")))
+    stranger.on_connect = lambda _client, _data, _flags, reason, _properties: answers.append(str(reason))
+    stranger.connect_async("127.0.0.1", int(door.rpartition(":")[2]))
+    stranger.loop_start()
+    client = [sys.executable, "examples/thin_client.py", "--broker", door, "--name", "phone"]
+    with subprocess.Popen([*client, "--credentials", str(tmp_path / "phone.json")], cwd=ROOT) as phone:
+        try:
+            run, _ = up("-f", "compose.yaml", "-f", "docker/attach.yaml", **environment)
+        finally:
+            phone.kill()
+            stranger.loop_stop()
+    assert dict(run.requests.select("device", "outcome").iter_rows()) == {"device-1": "answered", "phone": "answered"}
+    assert set(answers) == {"Not authorized"}
