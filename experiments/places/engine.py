@@ -71,7 +71,9 @@ def check(image: str) -> None:
     try:
         socket.create_server(("127.0.0.1", int(port))).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise PlaceFailed(f"the broker cannot have port {port} of 127.0.0.1: {error}; set another BROKER_PORT") from error
+        raise PlaceFailed(
+            f"the broker cannot have port {port} of 127.0.0.1: {error}; set another BROKER_PORT"
+        ) from error
 
 
 def _ask(*question: str) -> str:
