@@ -66,6 +66,7 @@ EMBEDDED_SMALL = "embedded-small"
 
 ASSETS = Path(__file__).parent / "assets"
 
+_TEXT, _PARTS = "text.json", "parts.json"  # what a model's folder may have beside diffusers' own files
 _PROMPTS_KEPT = 1024
 _BLENDS_KEPT = 128
 
@@ -96,10 +97,22 @@ def place(device: str) -> str:
 def weights_type(model: str, device: str) -> torch.dtype:
     """What a model's weights are kept in on a torch device: bfloat16 on a GPU, as full models are published to be run.
 
-    float32 on the processor; the package's own models are that everywhere, which their measured quality belongs to.
+    float32 on the processor; the package's own models, and what was trained as they were, are that everywhere: their
+    measured quality belongs to it.
     """
-    own = model in {EMBEDDED, EMBEDDED_SMALL}
-    return torch.float32 if own or torch.device(device).type == "cpu" else torch.bfloat16
+    small = (_other_parts(_source(model)) / _TEXT).exists()
+    return torch.float32 if small or torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def _source(model: str) -> Path:
+    """The folder of a model, if it is in one."""
+    return ASSETS / model if model in {EMBEDDED, EMBEDDED_SMALL} else Path(model)
+
+
+def _other_parts(source: Path) -> Path:
+    """The folder of what a model has beside its transformer: its own, or another one."""
+    parts = source / _PARTS
+    return source / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of if parts.exists() else source
 
 
 class Conditioning(NamedTuple):
@@ -163,11 +176,11 @@ class _Parts:
     ``transformer`` is another folder's, where that is not None.
     """
 
-    def __init__(self, source: str, transformer: Any, **options: Any) -> None:
+    def __init__(self, source: Path, transformer: Any, **options: Any) -> None:
         if transformer is None:
             transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
         self.transformer = transformer
-        vae = msgspec.json.decode((Path(source) / "vae" / "config.json").read_bytes())["_class_name"]
+        vae = msgspec.json.decode((source / "vae" / "config.json").read_bytes())["_class_name"]
         self.vae = getattr(diffusers, vae).from_pretrained(source, subfolder="vae", **options)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
         self.image_processor = VaeImageProcessor()
@@ -202,26 +215,26 @@ class Denoiser:
         Raises ``ModelNotFound``, in one sentence, where there is no such model.
         """
         with _no_gpu_asked_for() if device == "cpu" else nullcontext():
-            return cls._load(model, device, dtype or weights_type(model, device))
+            return cls._load(model, device, dtype)
 
     @classmethod
-    def _load(cls, model: str, device: str, dtype: torch.dtype) -> Self:
-        source = str(ASSETS / model) if model in {EMBEDDED, EMBEDDED_SMALL} else model
-        parts = Path(source) / "parts.json"
-        options = {"dtype": dtype, "local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
+    def _load(cls, model: str, device: str, dtype: torch.dtype | None) -> Self:
+        source = _source(model)
+        options: dict[str, Any] = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
         transformer = None
         diffusers_log.disable_progress_bar()
         try:
-            if parts.exists():
+            others = _other_parts(source)
+            options["dtype"] = dtype or weights_type(model, device)
+            if others != source:
                 transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
-                source = str(Path(source) / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of)
-            settings = Path(source) / "text.json"
+            settings = others / _TEXT
             if settings.exists():
-                pipeline: Any = _Parts(source, transformer, **options)
+                pipeline: Any = _Parts(others, transformer, **options)
             else:
                 own = {} if transformer is None else {"transformer": transformer}
-                pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(source, **own, **options)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+                pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(str(others), **own, **options)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, msgspec.MsgspecError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(
                 f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r} nor {EMBEDDED_SMALL!r}, nor a "

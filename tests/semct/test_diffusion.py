@@ -1,5 +1,6 @@
 """The denoiser: splits are exact, rows are independent, and loading is one call."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semct.diffusion import EMBEDDED, EMBEDDED_SMALL, Denoiser, ModelNotFound, weights_type
+from semct.diffusion import ASSETS, EMBEDDED, EMBEDDED_SMALL, Denoiser, ModelNotFound, weights_type
 
 STEPS = 6
 PROMPTS = ("a cat", "a red car at night", "", "two words")
@@ -106,10 +107,12 @@ def test_half_precision_runs_the_same_code(tiny_folder: Path, tiny: Denoiser, dt
     torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1)
 
 
-def test_full_models_are_bfloat16_on_gpus_and_the_packages_own_never() -> None:
+def test_full_models_are_bfloat16_on_gpus_and_the_packages_own_never(tmp_path: Path) -> None:
     assert weights_type("somebody/a-full-model", "cuda:1") is torch.bfloat16
     assert weights_type("somebody/a-full-model", "cpu") is torch.float32
-    assert {weights_type(model, "cuda") for model in (EMBEDDED, EMBEDDED_SMALL)} == {torch.float32}
+    trained = tmp_path / "trained-like-it"
+    shutil.copytree(ASSETS / EMBEDDED, trained, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert {weights_type(model, "cuda") for model in (EMBEDDED, EMBEDDED_SMALL, str(trained))} == {torch.float32}
 
 
 def test_what_a_model_is_loaded_as_is_what_its_device_asks_for(
