@@ -51,12 +51,18 @@ def _left_for_later(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
-# diffusers asks for GPUs when it is imported; of scipy.stats only schedulers make use that a model may name.
-with _no_gpu_asked_for(), _left_for_later("scipy.stats"):
-    import diffusers
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from diffusers.image_processor import VaeImageProcessor
-    from diffusers.utils import logging as diffusers_log
+@functools.cache
+def library() -> Any:
+    """diffusers, which takes seconds to import: only who loads a model does."""
+    # It asks for GPUs when it is imported; of scipy.stats only schedulers make use that a model may name.
+    with _no_gpu_asked_for(), _left_for_later("scipy.stats"):
+        import diffusers  # noqa: PLC0415 (slow import)
+
+        for part in ("SD3Transformer2DModel", "AutoencoderTiny", "FlowMatchEulerDiscreteScheduler"):
+            getattr(diffusers, part)  # is imported when it is asked for
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers
+
 
 EMBEDDED = "embedded"
 """The name of the small model that comes with the package."""
@@ -177,13 +183,14 @@ class _Parts:
     """
 
     def __init__(self, source: Path, transformer: Any, **options: Any) -> None:
+        diffusers = library()
         if transformer is None:
-            transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+            transformer = diffusers.SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
         self.transformer = transformer
         vae = msgspec.json.decode((source / "vae" / "config.json").read_bytes())["_class_name"]
         self.vae = getattr(diffusers, vae).from_pretrained(source, subfolder="vae", **options)
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
-        self.image_processor = VaeImageProcessor()
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+        self.image_processor = diffusers.image_processor.VaeImageProcessor()
 
     def to(self, device: str) -> None:
         """Bring the weights to a torch device."""
@@ -222,12 +229,14 @@ class Denoiser:
         source = _source(model)
         options: dict[str, Any] = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
         transformer = None
-        diffusers_log.disable_progress_bar()
+        diffusers = library()
         try:
             others = _other_parts(source)
             options["dtype"] = dtype or weights_type(model, device)
             if others != source:
-                transformer = SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+                transformer = diffusers.SD3Transformer2DModel.from_pretrained(
+                    source, subfolder="transformer", **options
+                )
             settings = others / _TEXT
             if settings.exists():
                 pipeline: Any = _Parts(others, transformer, **options)
