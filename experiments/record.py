@@ -2,9 +2,10 @@
 
 ``runs/<utc>-<scenario>-<id>/`` holds ``run.json`` (how the run stands and what it ran on), ``scenario.yaml``,
 ``events.jsonl`` (a journal, one line as it happens), ``requests.parquet``, ``nodes.parquet``, ``links.parquet``,
-``transfers.parquet``, ``stages.parquet``, ``calls.parquet`` and ``planning.parquet`` (the rows, written when the folder
-closes), ``summary.csv``, ``images/`` and ``logs/``.
-Rows stand in the journal too, so that a run whose process was killed loses none of them.
+``transfers.parquet``, ``stages.parquet``, ``calls.parquet``, ``planning.parquet`` and ``faults.parquet`` (the rows,
+written when the folder closes), ``summary.csv``, ``images/`` and ``logs/``.
+Rows stand in the journal until then and nowhere else: a run takes as much memory in its last round as in its first, and
+one whose process was killed loses none of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ import msgspec
 import polars as pl
 
 from experiments.summary import summarise, write_csv
-from semct.runs import TABLES, Commit, Hardware, Row, RunInfo, Status, key, table_of
+from semct.runs import TABLES, Commit, Hardware, Row, RunInfo, Status, journalled
+
+_LONGEST_LINE = 2**20  # bytes of the journal that a full disk may leave unwritten without a line torn in its midst
 
 
 class Unwritable(Exception):
@@ -73,7 +76,6 @@ class RunFolder:
     def __init__(self, path: Path, info: RunInfo) -> None:
         self.path = path
         self.info = info
-        self._rows: dict[str, dict[tuple[Any, ...], Row]] = {table: {} for table in TABLES}
         self._journal: BinaryIO | None = None
         self._readers: list[Callable[[str, Mapping[str, Any]], None]] = []
 
@@ -94,7 +96,7 @@ class RunFolder:
             self.path.mkdir(parents=True)
             (self.path / "images").mkdir()
             self.logs.mkdir()
-            self._journal = (self.path / "events.jsonl").open("ab")
+            self._journal = (self.path / "events.jsonl").open("ab", buffering=_LONGEST_LINE)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.update()
@@ -111,18 +113,21 @@ class RunFolder:
             except Exception as problem:  # whatever it is, it must not hide what ended the run
                 problems.append(problem)
 
+        def tabulate() -> None:
+            for table, frame in journalled(self.path).items():
+                attempt(self._write, f"{table}.parquet", _parquet(frame))
+                if table == "requests":
+                    attempt(self._summary, frame)
+
         status, reason = _ending(error) if error else (self.info.status, self.info.reason)
         ended = {"status": "finished" if status == "running" else status, "reason": reason}
         if status == "failed" and error:
             attempt(self.event, "failed", reason=reason, traceback="".join(traceback.format_exception(error)))
         # The status first: it is small, and a second Ctrl-C or a full disk may stop the rest.
         attempt(self.update, **ended, finished=datetime.now(UTC))
-        for table, frame in self._tables():
-            attempt(self._write, f"{table}.parquet", _parquet(frame))
-            if table == "requests":
-                attempt(self._summary, frame)
         if self._journal:
             attempt(self._journal.close)
+        attempt(tabulate)
         if problems and error is None:
             attempt(self.update, status="failed", reason=str(problems[0]))
             raise problems[0]
@@ -159,7 +164,6 @@ class RunFolder:
     def add(self, row: Row) -> None:
         """Keep a row; a later row of the same request, node or link replaces it."""
         table = next(name for name, (kind, _) in TABLES.items() if isinstance(row, kind))
-        self._rows[table][key(table, row)] = row
         self.event("row", table=table, row=row)
 
     def image(self, framework: str, request: str, png: bytes) -> str:
@@ -167,10 +171,6 @@ class RunFolder:
         name = f"images/{quote(framework, safe='')}-{quote(request, safe='')}.png"
         self._write(name, png)
         return name
-
-    def _tables(self) -> Iterator[tuple[str, pl.DataFrame]]:
-        for table, rows in self._rows.items():
-            yield table, table_of(TABLES[table][0], list(rows.values()))
 
     def _summary(self, requests: pl.DataFrame) -> None:
         self._write("summary.csv", write_csv(summarise(requests, frameworks=self.info.frameworks)).encode())

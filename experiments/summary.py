@@ -47,6 +47,8 @@ PREDICTED = (QUALITY, LATENCY, ENERGY, UTILITY)
 """What a plan predicts of every request."""
 
 _COLUMNS = [m.column for m in MEASURES]
+SUMMARISED = ("framework", "repetition", "device", "outcome", *_COLUMNS)
+"""The columns of a table of requests that `summarise` needs."""
 _ANSWERED = pl.col("outcome").is_in(["answered", "degraded"])
 _DEGRADED = pl.col("outcome") == "degraded"
 

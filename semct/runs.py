@@ -6,10 +6,12 @@ experiments that write the folders, so that reading a result takes polars and no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import polars as pl
@@ -277,6 +279,8 @@ TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
 }
 """Each table's row type, and the fields that tell its rows apart."""
 
+_AT_ONCE = 4096  # rows of the journal that are Python's objects
+
 _DTYPES: dict[Any, Any] = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
 
 
@@ -369,19 +373,43 @@ def load_run(path: str | Path) -> Run:
         scenario = _text(path / "scenario.yaml")
     except (OSError, ValueError) as error:
         raise NotARun(f"{path} is no readable run: {error}") from error
-    events = _events(path / "events.jsonl")
-    tables = {table: _table(path, table, events) for table in TABLES}
-    return Run(path=path, info=info, scenario=scenario, events=events, **tables)
+    unwritten = [table for table in TABLES if not (path / f"{table}.parquet").exists()]
+    journal = journalled(path) if unwritten else {}
+    tables = {table: journal[table] if table in unwritten else _table(path, table) for table in TABLES}
+    return Run(path=path, info=info, scenario=scenario, events=_events(path), **tables)
+
+
+def journalled(path: Path) -> dict[str, pl.DataFrame]:
+    """The tables that the journal of a run's folder holds; a later row of the same key replaces the earlier one.
+
+    Only some rows at a time are Python's objects, which take several times what a table does: a long run has millions.
+    Raises ``NotARun`` where a line is no event, or holds a row of none of the tables.
+    """
+    frames = {table: table_of(kind, []) for table, (kind, _) in TABLES.items()}
+    decoders = {table: msgspec.json.Decoder(kind) for table, (kind, _) in TABLES.items()}
+    events = (event for _, event in _lines(path, _RowEvent) if event.kind == "row")
+    while some := list(islice(events, _AT_ONCE)):
+        rows: dict[str, list[Row]] = {table: [] for table in TABLES}
+        for event in some:
+            try:
+                rows[event.table].append(decoders[event.table].decode(event.row))
+            except (KeyError, msgspec.DecodeError) as error:
+                journal = path / "events.jsonl"
+                raise NotARun(f"{journal} holds a row that is none of {event.table or 'a table'}: {error}") from error
+        for table, frame in frames.items():
+            frame.extend(table_of(TABLES[table][0], rows[table]))
+    return {
+        table: frame.group_by(TABLES[table][1], maintain_order=True).last().select(frame.columns)
+        for table, frame in frames.items()
+    }
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _table(path: Path, table: str, events: pl.DataFrame) -> pl.DataFrame:
+def _table(path: Path, table: str) -> pl.DataFrame:
     file, kind = path / f"{table}.parquet", TABLES[table][0]
-    if not file.exists():
-        return table_of(kind, _journalled(path, table, events))
     try:
         frame = pl.read_parquet(file)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -392,45 +420,46 @@ def _table(path: Path, table: str, events: pl.DataFrame) -> pl.DataFrame:
     return frame
 
 
-def _journalled(path: Path, table: str, events: pl.DataFrame) -> list[Row]:
-    kind = TABLES[table][0]
-    rows: dict[tuple[Any, ...], Row] = {}
-    try:
-        for line in events.filter(pl.col("kind") == "row")["data"]:
-            event = msgspec.json.decode(line)
-            if event["table"] == table:
-                row = msgspec.convert(event["row"], kind)
-                rows[key(table, row)] = row
-    except (KeyError, msgspec.ValidationError) as error:
-        raise NotARun(f"{path / 'events.jsonl'} holds a row that is none of {table}: {error}") from error
-    return list(rows.values())
-
-
 class _Event(msgspec.Struct):
     time: float
     kind: str
 
 
+class _RowEvent(_Event):
+    table: str = ""
+    row: msgspec.Raw = msgspec.Raw()
+
+
+_AnEvent = TypeVar("_AnEvent", bound=_Event)
+
+
 def _events(path: Path) -> pl.DataFrame:
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    decoder = msgspec.json.Decoder(_Event)
     times: list[float] = []
     kinds: list[str] = []
-    for number, line in enumerate(lines[:-1], 1):  # a killed run may leave a torn last line
-        try:
-            event = decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise NotARun(f"line {number} of {path} is no event: {error}") from error
+    data: list[str] = []
+    for line, event in _lines(path, _Event):
         times.append(event.time)
         kinds.append(event.kind)
-    data = [line.decode(errors="replace") for line in lines[:-1]]
+        data.append(line.decode(errors="replace"))
     columns = {"time": pl.Float64, "kind": pl.String, "data": pl.String}
     return pl.DataFrame({"time": times, "kind": kinds, "data": data}, schema=columns)
 
 
-def key(table: str, row: Row) -> tuple[Any, ...]:
-    """What tells this row from the others of its table."""
-    return tuple(getattr(row, field) for field in TABLES[table][1])
+def _lines(path: Path, kind: type[_AnEvent]) -> Iterator[tuple[bytes, _AnEvent]]:
+    """The lines of the journal in a run's folder, and what stands in them."""
+    file = path / "events.jsonl"
+    if not file.exists():
+        return
+    decoder = msgspec.json.Decoder(kind)
+    with file.open("rb") as journal:
+        for number, line in enumerate(journal, 1):
+            if not line.endswith(b"\n"):  # a killed run may leave a torn last line
+                return
+            try:
+                event = decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise NotARun(f"line {number} of {file} is no event: {error}") from error
+            yield line[:-1], event
 
 
 def table_of(kind: type[Row], rows: list[Row]) -> pl.DataFrame:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
+import polars as pl
 from PIL import Image
 
 from broker.messages import AnyMessage, Birth, Picture, Planned, Result
 from experiments.scenario import Scenario, arrival_times
 from experiments.served import Served
-from experiments.summary import MEASURES, best, summarise
+from experiments.summary import MEASURES, SUMMARISED, best, summarise
 from netem.link import FourState, GilbertElliott, Link, LinkState
 from netem.motion import Motion
 from semct.routes import Plan, Route, wording
@@ -221,11 +222,12 @@ class Scene:
         self._ending: tuple[str, str] | None = None
         self._births: dict[str, Birth] = {}
         self._served: Served | None = None
+        self._repetition = 0
         self._rows: dict[tuple[str, str], RequestRow] = {}
+        self._earlier = table_of(RequestRow, []).select(SUMMARISED)
         self._notes: deque[Note] = deque(maxlen=_NOTES)
         self._overruns = 0
         self._pictures: dict[str, dict[str, PictureNow]] = {}
-        self._images: dict[str, bytes] = {}
         self.rated: Callable[[Sequence[RequestRow]], Sequence[RequestRow]] = list
         self.changed = {"run", "cell", "round", "table", "notes"}
 
@@ -235,6 +237,9 @@ class Scene:
             case "round":
                 self._round += 1
                 self._round_began = time.time()
+                if fields["repetition"] != self._repetition:  # nothing is said of the earlier one any more
+                    self._repetition, self._earlier = fields["repetition"], self._compared()
+                    self._rows.clear()
                 self._walks = self._walks_of(self._scenario.seed + fields["repetition"])
                 self.changed |= {"run", "cell"}
             case "link":
@@ -377,8 +382,7 @@ class Scene:
         )
 
     def _table(self) -> TableNow:
-        rows = list(self.rated(list(self._rows.values())))
-        summary = summarise(table_of(RequestRow, list(rows)), frameworks=self._scenario.frameworks)
+        summary = summarise(self._compared(), frameworks=self._scenario.frameworks)
         wins = [best(summary, measure) for measure in MEASURES]
         return TableNow(
             measures=tuple(MeasureNow(**m._asdict()) for m in MEASURES),
@@ -396,6 +400,11 @@ class Scene:
                 for number, row in enumerate(summary.iter_rows(named=True))
             ),
         )
+
+    def _compared(self) -> pl.DataFrame:
+        """What frameworks are compared by: of the present repetition, whose rows may still change, and before it."""
+        present = self.rated(list(self._rows.values()))
+        return pl.concat([self._earlier, table_of(RequestRow, list(present)).select(SUMMARISED)], rechunk=True)
 
     def _picture(self, served: Served, message: Picture) -> None:
         device, result = served.devices[message.request], served.results.get(message.request)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,15 @@ from broker.messages import Progress, View, Watch
 from broker.session import Session
 from broker.topics import Topics
 from experiments.live.gate import PATH, Forbidden, Gate, NoGate, Reading, open_gate
-from experiments.live.scene import _loss, _stretches
+from experiments.live.scene import Scene, TableNow, _loss, _stretches
 from experiments.live.show import Show
 from experiments.record import RunFolder
-from experiments.scenario import load_scenario
+from experiments.scenario import Scenario, load_scenario
+from experiments.summary import MEASURES, summarise
 from netem.link import FourState, GilbertElliott, LinkState, Probability
 from node.reporting import Reporter
 from semct.routes import Route, Segment
+from semct.runs import RequestRow, RunInfo, table_of
 
 PAGE = Path(__file__).parents[2] / "experiments" / "live" / "page"
 SCENARIOS = PAGE.parents[1] / "scenarios"
@@ -148,6 +151,38 @@ def test_a_viewer_may_send_its_packets_in_any_pieces(sizes: list[int]) -> None:
 def test_what_no_viewer_sends_is_refused(packet: bytes) -> None:
     with pytest.raises(Forbidden):
         Reading().feed(packet)
+
+
+def test_the_table_has_all_repetitions_with_their_latest_rows() -> None:
+    plain = {"name": "x", "frameworks": ["semct", "device-only"], "devices": [{"count": 2}], "prompts": {"list": ["a"]}}
+    scenario = msgspec.convert(plain, Scenario)
+    info = RunInfo(started=datetime.now(UTC), scenario="x")
+    scene = Scene(scenario, info=lambda: info, links=lambda _: None, walks=lambda _: {})
+    scene.rated = lambda rows: [msgspec.structs.replace(row, utility=row.quality) for row in rows]
+    latest: dict[str, RequestRow] = {}
+
+    def add(row: RequestRow) -> None:
+        latest[row.request] = row
+        scene.event("row", {"table": "requests", "row": row})
+
+    for repetition in range(3):
+        for framework in scenario.frameworks:
+            scene.event("round", {"framework": framework, "repetition": repetition})
+            for device in ("device-1", "device-2"):
+                row = RequestRow(
+                    round=f"{framework}-{repetition}", framework=framework, repetition=repetition, device=device,
+                    request=f"{framework}-{repetition}-{device}", prompt="a", seed=repetition, steps=12,
+                    outcome="answered", latency_s=1.0, energy_j=2.0, tflop=3.0,
+                )  # fmt: skip
+                add(row)
+        for number, row in enumerate(list(latest.values())[-4:]):
+            add(msgspec.structs.replace(row, quality=repetition + number / 10))
+        wanted = summarise(table_of(RequestRow, scene.rated(list(latest.values()))), frameworks=scenario.frameworks)
+        table = scene.take("table")
+        assert isinstance(table, TableNow)
+        assert [row.asked for row in table.rows] == [2 * repetition + 2] * 2
+        for row, columns in zip(table.rows, wanted.iter_rows(named=True), strict=True):
+            assert [v.mean for v in row.values] == pytest.approx([columns[m.column] for m in MEASURES])
 
 
 probabilities = st.floats(0.01, 1).map(Probability)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from experiments import record
 from experiments.record import RunFolder, Unwritable
+from semct import runs
 from semct.runs import LinkRow, NodeRow, NotARun, RequestRow, TransferRow, load_run, schema, table_of
 
 ROW = RequestRow(
@@ -71,12 +73,34 @@ def test_the_schema_follows_from_the_struct() -> None:
     assert columns["modelled"] == pl.Boolean
 
 
-def test_a_later_row_of_a_request_replaces_the_earlier(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_a_later_row_of_a_request_replaces_the_earlier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(runs, "_AT_ONCE", at_once)
     with RunFolder.create(tmp_path, "utility") as folder:
-        folder.add(msgspec.structs.replace(ROW, utility=None))
-        folder.add(msgspec.structs.replace(ROW, request="u2"))
+        folder.add(msgspec.structs.replace(ROW, utility=None, reason="not judged"))
+        folder.add(NODE)
+        folder.add(msgspec.structs.replace(ROW, request="u2", utility=0.4))
         folder.add(ROW)
-    assert load_run(folder.path).requests["utility"].to_list() == [0.5, 0.5]
+    found = load_run(folder.path).requests
+    assert found.select("request", "utility", "reason").rows() == [("u1", 0.5, ""), ("u2", 0.4, "")]
+
+
+def test_a_long_run_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    def play(rounds: range) -> None:
+        for number in rounds:
+            folder.event("round", framework="semct", repetition=number)
+            folder.add(msgspec.structs.replace(ROW, round=f"semct-{number}", latency_s=number / 7))
+
+    with RunFolder.create(tmp_path, "long") as folder:
+        play(range(10))
+        tracemalloc.start()
+        play(range(10, 1000))
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert grown < 50_000  # a row alone takes 500 bytes
+    assert load_run(folder.path).requests.height == 1000
 
 
 class DeviceVanished(Exception):
@@ -241,6 +265,35 @@ def test_a_journal_on_a_full_disk_is_one_sentence(small_disk: Path) -> None:
 
     with pytest.raises(Unwritable, match=r"events\.jsonl cannot be written: No space left on device"):
         run()
+
+
+def test_what_a_full_disk_refused_is_kept_when_it_has_room_again(small_disk: Path) -> None:
+    added = []
+
+    def fill() -> None:
+        for number in range(100):
+            added.append(f"u{number}")
+            folder.add(msgspec.structs.replace(ROW, request=added[-1], reason="x" * 10_000))
+
+    with RunFolder.create(small_disk, "full") as folder:
+        (small_disk / "other").write_bytes(bytes(200_000))
+        with pytest.raises(Unwritable, match=r"events\.jsonl cannot be written"):
+            fill()
+        (small_disk / "other").unlink()
+    kept = load_run(folder.path)
+    assert kept.info.status == "finished"
+    assert kept.requests["request"].to_list() == added
+    assert kept.events["kind"].to_list() == ["row"] * len(added)
+
+
+@pytest.mark.parametrize("table", ["requests", "reqests"])
+def test_a_journal_with_a_row_of_no_table_is_one_sentence(tmp_path: Path, table: str) -> None:
+    with RunFolder.create(tmp_path, "odd") as folder:
+        pass
+    (folder.path / "requests.parquet").unlink()
+    line = msgspec.json.encode({"time": 1, "kind": "row", "table": table, "row": {"round": 7}}) + b"\n"
+    with pytest.raises(NotARun, match=rf"events\.jsonl holds a row that is none of {table}: "):
+        load_run(_spoil(folder.path, "events.jsonl", line))
 
 
 def _spoil(path: Path, name: str, content: bytes) -> Path:
