@@ -142,7 +142,11 @@ class Memory(NamedTuple):
 
 
 def memory(directions: int, largest: int, tables: NDArray[np.float64], slots: int = _SLOTS) -> Memory:
-    """Room for so many directions and for packets of up to ``largest`` bytes; it takes up space only when used."""
+    """Room for so many directions, and ``slots`` for packets of up to ``largest`` bytes.
+
+    It takes up memory only where it has been used. The slot that was left last is used first, so that is what the
+    packets took that ever waited at once: on links with queues of 200 packets of 1.4 KB, 0.3 MB for each direction.
+    """
     room = 64 * math.ceil(largest / 64)
     return Memory(
         directions=np.zeros(directions, DIRECTION),

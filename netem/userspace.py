@@ -256,9 +256,13 @@ def _device(name: str, kind: int = _IFF_TUN) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The scheduler finds this package first, and numpy starts no threads."""
+    """The scheduler finds this package first; numpy starts no threads, and asks for no pages of 2 MiB.
+
+    With these a few waiting packets would take as much memory as many, once the kernel comes round to making them.
+    """
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OPENBLAS_NUM_THREADS": "1"}
+    numpy = {"OPENBLAS_NUM_THREADS": "1", "NUMPY_MADVISE_HUGEPAGE": "0"}
+    return {**os.environ, **numpy, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _explain(error: OSError) -> str:

@@ -217,6 +217,10 @@ class Process:
     def cpu_s(self) -> float:
         return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
+    def memory_bytes(self) -> int:
+        """What it alone has and has written to."""
+        return sum(part.private_dirty for part in psutil.Process(self.process.pid).memory_maps())
+
     def _answer(self) -> Any:
         return decode_answer(self.control.recv(65536))
 
@@ -305,6 +309,22 @@ def test_an_idle_scheduler_uses_no_time(ends: Ends) -> None:
     before = ends.scheduler.cpu_s()
     time.sleep(0.5)
     assert ends.scheduler.cpu_s() - before < 0.25
+
+
+def test_packets_take_the_memory_of_those_that_waited_at_once(ends: Ends) -> None:
+    ends.ask(Shape("d", Link(up=LinkState(delay=Duration("50ms")))))
+
+    def burst() -> None:
+        for _ in range(50):
+            ends.device.send(bytes(1400))
+        for _ in range(50):
+            ends.hub.recv(2000)
+
+    burst()
+    before = ends.scheduler.memory_bytes()
+    for _ in range(30):
+        burst()
+    assert ends.scheduler.memory_bytes() - before < 500_000  # all of them: 2.1 MB
 
 
 def test_forwarding_returns_for_a_device_that_was_deleted() -> None:
