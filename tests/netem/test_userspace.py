@@ -50,6 +50,7 @@ def play(scene: str, before: Sequence[str] = ()) -> Any:
 def check_shaped(result: Any) -> None:
     assert 0.030 < statistics.median(result["trips"]) < 0.060
     assert result["same"]
+    assert not result["huge"]  # two packets would take 2 MiB
     up, down = result["counters"]["up"], result["counters"]["down"]
     assert up["packets_in"] == up["packets_out"] == down["packets_in"] == down["packets_out"] == 10
     assert up["bytes_in"] == up["bytes_out"] == 10 * 28

@@ -42,6 +42,12 @@ def scheduler() -> int:
     return pid
 
 
+def takes_huge_pages(pid: int) -> bool:
+    """Whether a process has asked for huge pages in any part of its memory."""
+    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    return any("hg" in line.split() for line in lines if line.startswith("VmFlags"))
+
+
 async def until_there_are_only(*names: str) -> None:
     for _ in range(1000):  # the kernel takes interfaces down in the background
         if interfaces() == set(names):
@@ -103,13 +109,14 @@ async def interrupted() -> Any:
 
 
 async def shaped() -> Any:
-    """Round trips, the state that is read back, and what was counted."""
+    """Round trips, the state that is read back, what was counted, and whether packets may lie in huge pages."""
     links = UserspaceLinks()
     async with Cell(links, link=SLOW) as cell:
         trips = await cell.pings(10)
         counted = links.counters(cell.hub.hosts[0])
         same = await cell.read() == SLOW
-    return {"trips": trips, "same": same, "counters": msgspec.to_builtins(counted)}
+        huge = takes_huge_pages(scheduler())
+    return {"trips": trips, "same": same, "counters": msgspec.to_builtins(counted), "huge": huge}
 
 
 async def same_seed() -> Any:
