@@ -18,7 +18,6 @@ from node.settings import NodeSettings
 from node.worker import Worker, received
 
 _MOST = 64  # wishes of one user at once; what is more is refused, or a flood would fill the memory
-_KEPT = 8 * _MOST  # messages that may come again: some for each wish
 _MARGIN = 1.25  # of what a whole inference takes here, and a second more: kept free before the deadline
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class DeviceNode:
         self._settings = settings
         self._worker = worker
         self._wishes: dict[str, _Wish] = {}
-        self._deliveries = Deliveries(kept=_KEPT)
+        self._deliveries = Deliveries()
 
     async def run(self) -> bool:
         """Connect and serve; returns when told to leave, and whether the testbed ends."""

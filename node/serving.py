@@ -50,11 +50,15 @@ async def answer(session: Session, ping: Ping, incoming: Incoming) -> None:
 
 
 class Deliveries:
-    """Remembers the latest messages: QoS 1 may deliver one again, which must not be answered again."""
+    """Remembers the latest messages: QoS 1 may deliver one again, which must not be answered again.
+
+    It keeps hashes, of 64 bits: the names in a message would keep the memory around them from being used again, and a
+    device would grow by some KB a round.
+    """
 
     def __init__(self, *, kept: int = _KEPT) -> None:
         self._kept = kept
-        self._keys: OrderedDict[Hashable, None] = OrderedDict()
+        self._seen: OrderedDict[int, None] = OrderedDict()
 
     def is_first_work(self, work: Work) -> bool:
         """Whether the work has not been here at this step of its route; it may come back at a later one."""
@@ -63,14 +67,14 @@ class Deliveries:
 
     def has_seen(self, *key: Hashable) -> bool:
         """Whether ``key`` is among the latest messages."""
-        return key in self._keys
+        return hash(key) in self._seen
 
     def is_first(self, *key: Hashable) -> bool:
         """Whether ``key`` has not been seen among the latest messages; from now on it has."""
-        if key in self._keys:
+        if hash(key) in self._seen:
             _logger.info("%s came again and is ignored", key)
             return False
-        self._keys[key] = None
-        if len(self._keys) > self._kept:
-            self._keys.popitem(last=False)
+        self._seen[hash(key)] = None
+        if len(self._seen) > self._kept:
+            self._seen.popitem(last=False)
         return True
