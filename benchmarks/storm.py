@@ -1,18 +1,21 @@
 """A storm of broken messages against a running edge and device: do they live, grow, or keep others waiting?
 
-    python benchmarks/storm.py [--payloads 1000000] [--seed 0]
+    python benchmarks/storm.py [--payloads 1000000] [--rate 1000] [--seed 0]
 
 An edge and a device run as processes of their own, natively, over a real Mosquitto. Valid messages of every type are
-cut, lengthened, overwritten and put where they do not belong, and go to all topics that either node reads; meanwhile
-a user asks the device for pictures, one after the other. Latency is compared with the same before the storm, memory
-(USS) with that after the first tenth of it. A ping to each node after every so many payloads makes sure that all of
-them have been read. Left out is what happens to be a right order to leave.
+cut, lengthened, overwritten and put where they do not belong, and go to all topics that either node reads: both inboxes
+of each, and those of a hostile device, which an allowance limits. Meanwhile a user asks the device for pictures, one
+after the other. Latency is compared with the same before the storm, memory (USS) with that after the first tenth of it.
+A ping to each node after every so many payloads makes sure that all of them have been read. Left out is what happens to
+be a right order to leave. The sender is a process of its own at the lowest priority, since an attacker brings its own
+processor; without a ``--rate`` (payloads a second) it is as fast as both nodes can read.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import socket
 import statistics
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -34,7 +38,7 @@ from broker.local import LocalBroker
 from broker.messages import Ask, Birth, Close, Latent, MalformedMessage, Ping, Pong, Result, Round, Work, decode, encode
 from broker.protocol import EXAMPLES
 from broker.session import Session
-from broker.topics import Topics
+from broker.topics import SPEAKER, Topics
 from device_node.node import DeviceSettings
 from edge_node.node import EdgeSettings
 
@@ -43,7 +47,7 @@ TESTBED = "storm"
 TOPICS = Topics(TESTBED)
 STEPS = 4
 TOGETHER = 500  # payloads between two pings
-CALM = 30  # requests before the storm
+SENDING = [sys.executable, __file__, "--send"]
 
 
 class Cell:
@@ -111,7 +115,7 @@ async def a_cell(folder: Path) -> AsyncIterator[tuple[Cell, int]]:
             "edge": EdgeSettings(name="edge", writer="medoid", **common),  # type: ignore[arg-type]
             "device": DeviceSettings(name="device", **common),  # type: ignore[arg-type]
         }
-        processes = {}
+        children, processes = [], {}
         try:
             for name, its in settings.items():
                 path = folder / f"{name}.json"
@@ -120,6 +124,7 @@ async def a_cell(folder: Path) -> AsyncIterator[tuple[Cell, int]]:
                 child = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", f"{name}_node", str(path), stdout=log, stderr=log
                 )
+                children.append(child)
                 processes[name] = psutil.Process(child.pid)
             whats = ("birth", "result", "clock")
             async with (
@@ -139,8 +144,9 @@ async def a_cell(folder: Path) -> AsyncIterator[tuple[Cell, int]]:
                 yield cell, broker.port
                 listening.cancel()
         finally:
-            for process in processes.values():
-                process.kill()
+            for child in children:
+                child.kill()
+                await child.wait()
 
 
 def broken(chance: random.Random, payloads: list[bytes]) -> bytes:
@@ -166,70 +172,123 @@ def broken(chance: random.Random, payloads: list[bytes]) -> bytes:
             return bytes(payload)
 
 
-async def storm(cell: Cell, port: int, payloads: int, seed: int) -> tuple[list[float], dict[str, float]]:
-    """Latencies of valid requests during the storm, and the nodes' memory after the first tenth of it."""
+def send(port: int, seed: int, rate: float) -> None:
+    """Send so many broken payloads as each line of stdin asks for, and say so when the broker has them all."""
+    os.nice(19)
     chance = random.Random(seed)  # noqa: S311  no secret
     latent = Latent(dtype="float16", shape=(24, 8, 8), data=memoryview(chance.randbytes(2 * 24 * 64)))
     work = next(m for m in EXAMPLES if isinstance(m, Work))
-    valid = [encode(m) for m in (*EXAMPLES, msgspec.structs.replace(work, latent=latent))]
+    own = [msgspec.structs.replace(m, **{SPEAKER[type(m)]: "hostile"}) for m in EXAMPLES if type(m) in SPEAKER]
+    valid = [encode(m) for m in (*EXAMPLES, *own, msgspec.structs.replace(work, latent=latent))]
     topics = [
         *(TOPICS.inbox(node, what) for node in ("edge", "device") for what in ("control", "work")),  # type: ignore[arg-type]
-        TOPICS.own("device", "request"),
-        TOPICS.own("device", "birth"),
-        TOPICS.forward("device", "edge"),
+        TOPICS.own("hostile", "request"),
+        TOPICS.own("hostile", "birth"),
+        *(TOPICS.forward("hostile", node) for node in ("edge", "device")),
     ]
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="hostile")
     client.connect(HOST, port)
     client.loop_start()
+    due = time.monotonic()
+    for line in sys.stdin:
+        due = max(due, time.monotonic())
+        for _ in range(int(line)):
+            client.publish(chance.choice(topics), broken(chance, valid), qos=0)
+            if rate:
+                due += 1 / rate
+                time.sleep(max(0.0, due - time.monotonic()))
+        client.publish(TOPICS.own("hostile", "result"), b"", qos=1).wait_for_publish()
+        print("sent", flush=True)
+    client.loop_stop()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Latencies of valid requests (seconds) before and in a storm, the nodes' MiB after its first tenth and its end."""
+
+    calm: list[float]
+    stormy: list[float]
+    settled: dict[str, float]
+    grown: dict[str, float]
+    seconds: float
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long a valid request took in the storm, by the medians."""
+        return statistics.median(self.stormy) / statistics.median(self.calm)
+
+
+async def storm(folder: Path, *, payloads: int, rate: float = 0.0, seed: int = 0, calm: int = 30) -> Seen:
+    """Let a storm loose on a new cell, after so many ``calm`` requests. Raises where one is not answered."""
     latencies: list[float] = []
-
-    async def ask() -> None:
-        while True:
-            latencies.append(await cell.latency(CALM + len(latencies)))
-
     settled: dict[str, float] = {}
-    try:
-        with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task("payloads", total=payloads)
-            asking = asyncio.create_task(ask())
-            for sent in range(0, payloads, TOGETHER):
-                for _ in range(min(TOGETHER, payloads - sent)):
-                    client.publish(chance.choice(topics), broken(chance, valid), qos=0)
-                await cell.pinged()
-                progress.update(bar, advance=TOGETHER)
-                if not settled and sent >= payloads / 10:
-                    settled = cell.memory()
-                if asking.done():
-                    asking.result()
+
+    async def ask(cell: Cell) -> None:
+        while True:
+            latencies.append(await cell.latency(len(latencies)))
+
+    async with a_cell(folder) as (cell, port):
+        while len(latencies) < calm:
+            latencies.append(await cell.latency(len(latencies)))
+        pipe = asyncio.subprocess.PIPE
+        sender = await asyncio.create_subprocess_exec(
+            *SENDING, str(port), str(seed), str(rate), stdin=pipe, stdout=pipe
+        )
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        asking = asyncio.create_task(ask(cell))
+        began = time.monotonic()
+        try:
+            with Progress(console=Console(stderr=True)) as progress:
+                bar = progress.add_task("payloads", total=payloads)
+                for sent in range(0, payloads, TOGETHER):
+                    count = min(TOGETHER, payloads - sent)
+                    sender.stdin.write(b"%d\n" % count)
+                    if not await sender.stdout.readline():
+                        raise RuntimeError("the sender has ended")
+                    await cell.pinged()
+                    progress.update(bar, advance=count)
+                    if not settled and sent >= payloads / 10:
+                        settled = cell.memory()
+                    if asking.done():
+                        asking.result()
+        finally:
             asking.cancel()
-    finally:
-        client.loop_stop()
-    return latencies, settled
+            sender.kill()
+            await sender.wait()
+        seconds = time.monotonic() - began
+        return Seen(latencies[:calm], latencies[calm:], settled, cell.memory(), seconds)
 
 
-async def measure(payloads: int, seed: int, console: Console) -> None:
-    """Print what the storm did; raises where a node did not live."""
-    with tempfile.TemporaryDirectory() as name:
-        async with a_cell(Path(name)) as (cell, port):
-            calm = [await cell.latency(number) for number in range(CALM)]
-            began = time.monotonic()
-            stormy, settled = await storm(cell, port, payloads, seed)
-            seconds = time.monotonic() - began
-            grown = cell.memory()
-    before, during = statistics.median(calm), statistics.median(stormy)
-    table = Table(title=f"{payloads} broken payloads in {seconds:.0f} s, seed {seed}")
+def report(seen: Seen, title: str, console: Console) -> None:
+    """Print what a storm did."""
+    table = Table(title=title)
     for column in ("", "before", "during or after", "ratio"):
         table.add_column(column, justify="right")
-    table.add_row("median latency (s)", f"{before:.3f}", f"{during:.3f}", f"{during / before:.2f}")
-    for node, mib in grown.items():
-        table.add_row(f"{node} (MiB)", f"{settled[node]:.1f}", f"{mib:.1f}", f"{mib / settled[node]:.3f}")
+    before, during = statistics.median(seen.calm), statistics.median(seen.stormy)
+    table.add_row("median latency (s)", f"{before:.3f}", f"{during:.3f}", f"{seen.slowdown:.2f}")
+    for node, mib in seen.grown.items():
+        was = seen.settled[node]
+        table.add_row(f"{node} (MiB)", f"{was:.1f}", f"{mib:.1f}", f"{mib / was:.3f}")
     console.print(table)
-    console.print(f"{len(stormy)} valid requests during the storm, all answered")
+    console.print(f"{len(seen.stormy)} valid requests during the storm, all answered")
+
+
+def main(payloads: int, rate: float, seed: int) -> None:
+    """Measure one storm."""
+    with tempfile.TemporaryDirectory() as name:
+        seen = asyncio.run(storm(Path(name), payloads=payloads, rate=rate, seed=seed))
+    a_second = payloads / seen.seconds
+    report(seen, f"{payloads} broken payloads, {a_second:.0f} a second, seed {seed}", Console())
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--send"]:
+        send(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+        sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--payloads", type=int, default=1_000_000)
+    parser.add_argument("--rate", type=float, default=0.0, help="payloads a second; 0: as many as the nodes can read")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    asyncio.run(measure(arguments.payloads, arguments.seed, Console()))
+    main(arguments.payloads, arguments.rate, arguments.seed)

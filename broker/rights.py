@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from broker.topics import Topics
+from broker.topics import BY_DEVICES, Topics
 
 Role = Literal["device", "edge", "runner"]
 
-_DEVICE_WRITES = ("birth", "enrol", "request", "forward/+", "result", "picture", "spent", "clock", "progress")
+_DEVICE_WRITES = tuple("forward/+" if what == "forward" else what for what in BY_DEVICES)
 _DEVICE_READS = ("work", "control")
 _RUNNER_READS = ("birth", "enrol", "result", "picture", "planned", "spent", "clock", "progress")
 

@@ -1,8 +1,8 @@
 """A node's session with the broker, on aiomqtt.
 
-What it adds to an MQTT client: presence (a retained birth, a will), typed messages checked at the door, a
-bounded incoming queue, and reconnection that its user does not notice. The session lasts at the broker while the
-node is away (it is no clean one): what is sent to it meanwhile waits there, where the broker keeps messages.
+What it adds to an MQTT client: presence (a retained birth, a will), typed messages checked at the door, an allowance
+for each device that speaks, a bounded incoming queue, and reconnection that its user does not notice. The session lasts
+at the broker while the node is away (it is no clean one): what is sent to it meanwhile waits there.
 
 The queue is bounded by MQTT itself. aiomqtt would acknowledge a message before anyone has looked at it, and
 keep or drop what is too much; here a message is acknowledged when its reader asks for the next one, and the
@@ -31,9 +31,10 @@ from aiomqtt.exceptions import MqttConnectError
 from paho.mqtt import client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker.allowance import Allowance
 from broker.credentials import Credentials
 from broker.messages import MAX_PAYLOAD, AnyMessage, Birth, Enrol, MalformedMessage, decode, encode
-from broker.topics import CARRIES, SPEAKER, Topic, Topics
+from broker.topics import BY_DEVICES, CARRIES, SPEAKER, Topic, Topics
 
 _KEEPALIVE = 20  # seconds; an outage of 10 s must not end a session, and a dead peer is noticed in 30
 _HANDSHAKE = 5.0  # seconds that the broker may take for one answer while a connection opens
@@ -90,6 +91,15 @@ class _Delivery:
             self.connection.client._client.ack(self.packet, self.qos)
 
 
+class _Dropped(Exception):
+    """A message does not get through; ``speaker`` is given where each of them has a line of its own in the log."""
+
+    def __init__(self, reason: str, detail: str, speaker: str = "") -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.speaker = speaker
+
+
 class Session:
     """One node's connection to the broker, held by ``async with`` and read by ``async for``, by one task.
 
@@ -100,7 +110,8 @@ class Session:
     seconds entry waits for a broker, and how long ``publish`` keeps trying.
 
     ``dropped`` counts incoming messages that did not get through, by reason: ``malformed``, ``oversized``,
-    ``misplaced`` (a topic that the tree does not know, or a message that does not belong there), ``overflow``.
+    ``misplaced`` (a topic that the tree does not know, or a message that does not belong there), ``flood`` (a
+    device says more than its allowance), ``overflow``.
     ``connections`` counts the connections made, so that one less is the number of reconnections.
     """
 
@@ -133,7 +144,8 @@ class Session:
         self._capacity = queue
         self._patience = patience
         self._trouble = "no answer"
-        self._logged: dict[str, float] = {}
+        self._allowance = Allowance()
+        self._logged: dict[tuple[str, str], float] = {}
         self._unacknowledged: _Delivery | None = None
         self._sending = asyncio.Semaphore(_INFLIGHT)
         self._farewell: Literal["gone", "lost"] = "gone"
@@ -349,47 +361,54 @@ class Session:
 
     def _accept(self, connection: _Connection, packet: aiomqtt.Message) -> None:
         """Queue a message for the reader, or count it as dropped and acknowledge it."""
-        problem = self._queue(connection, packet)
-        if problem is not None:
-            self._drop(packet.topic.value, *problem)
+        try:
+            incoming = self._check(packet)
+            if self._inbox.qsize() >= self._capacity:
+                raise _Dropped("overflow", f"{self._capacity} messages wait for the reader already")
+        except _Dropped as dropped:
+            self._count(packet.topic.value, dropped)
             connection.client._client.ack(packet.mid, packet.qos)
+        else:
+            self._inbox.put_nowait(_Delivery(incoming, connection, packet.mid, packet.qos, packet.retain))
 
-    def _queue(self, connection: _Connection, packet: aiomqtt.Message) -> tuple[str, str] | None:
-        """Queue a message, or say why not: the reason that is counted, and what was found."""
+    def _check(self, packet: aiomqtt.Message) -> Incoming:
+        """A message that may be read; raises ``_Dropped``. What is said too fast is not even decoded."""
         received = time.time()
-        size = len(packet.payload)
-        if size > MAX_PAYLOAD:
-            return "oversized", f"{size} bytes are over the limit of {MAX_PAYLOAD}"
         try:
             topic = Topic.parse(packet.topic.value)
-            own = topic.node
         except ValueError as error:
-            return "misplaced", str(error)
+            raise _Dropped("misplaced", str(error)) from error
+        own = topic.node
+        if topic.what in BY_DEVICES and not self._allowance.allows(own, time.monotonic()):
+            limits = f"{self._allowance.rate:g} messages a second, {self._allowance.burst} at once"
+            raise _Dropped("flood", f"{own} says more than {limits}", own)
+        size = len(packet.payload)
+        if size > MAX_PAYLOAD:
+            raise _Dropped("oversized", f"{size} bytes are over the limit of {MAX_PAYLOAD}")
         try:
             message = decode(packet.payload)
         except MalformedMessage as error:
-            return "malformed", str(error)
+            raise _Dropped("malformed", str(error)) from error
         kind = type(message)
         if not isinstance(message, CARRIES[topic.what]) or getattr(message, SPEAKER.get(kind, ""), own) != own:
-            return "misplaced", f"a message of type {kind.__name__} does not belong there, or names another node"
-        if self._inbox.qsize() >= self._capacity:
-            return "overflow", f"{self._capacity} messages wait for the reader already"
-        incoming = Incoming(topic, message, received, size)
-        self._inbox.put_nowait(_Delivery(incoming, connection, packet.mid, packet.qos, packet.retain))
-        return None
+            raise _Dropped(
+                "misplaced", f"a message of type {kind.__name__} does not belong there, or names another node"
+            )
+        return Incoming(topic, message, received, size)
 
-    def _drop(self, topic: str, reason: str, detail: str) -> None:
+    def _count(self, topic: str, dropped: _Dropped) -> None:
+        reason = dropped.reason
         self.dropped[reason] += 1
-        now = time.monotonic()
-        if now - self._logged.get(reason, -math.inf) >= _LOG_EVERY:
-            self._logged[reason] = now
+        now, kind = time.monotonic(), (reason, dropped.speaker)
+        if now - self._logged.get(kind, -math.inf) >= _LOG_EVERY:
+            self._logged = {k: logged for k, logged in self._logged.items() if now - logged < _LOG_EVERY} | {kind: now}
             _logger.warning(
                 "%s dropped a message on %s (%s, %d so far): %s",
                 self.name,
                 topic[:120],
                 reason,
                 self.dropped[reason],
-                detail[:200],
+                str(dropped)[:200],
             )
 
 

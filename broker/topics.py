@@ -47,6 +47,19 @@ What = Outgoing | Inbox
 Own = Literal["birth", "enrol", "request", "result", "picture", "planned", "spent", "clock", "progress"]
 """What has one topic for each node: not ``forward``, which names the receiver, and ``view``, which names a part."""
 
+BY_DEVICES: tuple[Outgoing, ...] = (
+    "birth",
+    "enrol",
+    "request",
+    "forward",
+    "result",
+    "picture",
+    "spent",
+    "clock",
+    "progress",
+)
+"""What devices publish, too: all but what only an edge or the runner has to say."""
+
 CARRIES: dict[What, tuple[type[Message], ...]] = {
     "birth": (Birth,),  # retained
     "enrol": (Enrol,),  # node without a place -> runner; retained

@@ -45,7 +45,7 @@ def metrics_of(worker: Worker, session: Session) -> tuple[Metric, ...]:
         Metric("flops_total", "Floating-point operations of denoiser calls.", {"": done.flops}),
         Metric("overruns_total", "Calls that took longer than on the emulated hardware.", {"": done.overruns}),
         Metric("shortages_total", "Calls for which memory did not suffice.", {"": done.shortages}),
-        Metric("dropped_messages_total", "Messages that were not to be understood.", dropped),
+        Metric("dropped_messages_total", "Messages that did not get through.", dropped),
         Metric("connections_total", "Connections to the broker made.", {"": session.connections}),
         Metric("requests_under_way", "Requests that the engine works on.", {"": worker.under_way}, grows=False),
         Metric("resident_bytes", "Memory that the process has in use.", {"": _resident()}, grows=False),

@@ -6,18 +6,23 @@ import asyncio
 import itertools
 import logging
 import stat
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import aiomqtt
+import msgspec
 import pytest
 from paho.mqtt.client import CallbackAPIVersion, Client
 
+from broker.allowance import BURST, RATE
 from broker.authority import NoAuthority, enroll, make_authority
 from broker.credentials import BadCredentials, Credentials, load_credentials
 from broker.local import BrokerFailed, Listener, LocalBroker, _mosquitto
-from broker.messages import Birth
+from broker.messages import Birth, Request, Work, encode
+from broker.protocol import EXAMPLES
 from broker.rights import Role
 from broker.session import BrokerRefused, BrokerUnreachable, Session
 from broker.topics import CARRIES, Own, Topics
@@ -188,6 +193,48 @@ async def test_who_has_no_password_stays_outside(
     async with Session("127.0.0.1", guarded[1], testbed="t", name="victim", credentials=good):
         pass
     assert good.password not in caplog.text + repr(good) + (tmp_path / "broker.log").read_text()
+
+
+async def test_a_flooding_device_is_held_off_while_another_is_answered(
+    authority: Path, guarded: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    flood = 4 * BURST
+    heard: Counter[str] = Counter()
+    options: dict[str, Any] = {"testbed": "t", "name": "edge", "subscriptions": [TOPICS.every("request")]}
+    victims: dict[str, Any] = {"testbed": "t", "name": "victim", "subscriptions": TOPICS.to_node("victim")}
+
+    async def answer(edge: Session) -> None:
+        async for incoming in edge:
+            heard[incoming.topic.node] += 1
+            if incoming.topic.node == "victim":
+                work = next(m for m in EXAMPLES if isinstance(m, Work))
+                await edge.publish(TOPICS.inbox("victim", "work"), work)
+
+    async with (
+        Session("127.0.0.1", guarded[1], credentials=shown(authority, "edge"), **options) as edge,
+        Session("127.0.0.1", guarded[1], credentials=shown(authority, "victim"), **victims) as victim,
+        client(guarded[1], shown(authority, "hostile")) as hostile,
+    ):
+        began = time.monotonic()
+        answering = asyncio.create_task(answer(edge))
+        example = next(m for m in EXAMPLES if isinstance(m, Request))
+        payload = encode(msgspec.structs.replace(example, reply="hostile"))
+        for _ in range(flood - 1):
+            await hostile.publish(TOPICS.own("hostile", "request"), payload, qos=0)
+        await hostile.publish(TOPICS.own("hostile", "request"), payload, qos=1)
+        async with asyncio.timeout(20):
+            await victim.publish(TOPICS.own("victim", "request"), msgspec.structs.replace(example, reply="victim"))
+            assert isinstance((await anext(victim)).message, Work)
+        await until(lambda: heard["hostile"] + edge.dropped.total() == flood)
+        assert heard["victim"] == 1
+        assert heard["hostile"] <= BURST + RATE * (time.monotonic() - began)
+        assert edge.dropped["flood"] >= flood - BURST - RATE * (time.monotonic() - began)
+        assert edge.connections == 1
+        answering.cancel()
+        await asyncio.wait({answering})
+    lines = [record.getMessage() for record in caplog.records if "(flood" in record.getMessage()]
+    assert "hostile says more than 200 messages a second, 1000 at once" in lines[0]
+    assert len(lines) <= 1 + (time.monotonic() - began) / 5
 
 
 async def test_a_packet_over_the_limit_ends_the_connection(authority: Path, guarded: tuple[int, int]) -> None:

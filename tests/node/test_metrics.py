@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def seen() -> str:
     worker: Any = SimpleNamespace(totals=Totals(calls=7, rows=21, seconds=1.5, joules=3e9), under_way=2)
-    session: Any = SimpleNamespace(dropped=Counter(malformed=4, misplaced=1), connections=1)
+    session: Any = SimpleNamespace(dropped=Counter(malformed=4, misplaced=1, flood=9), connections=1)
     return exposition(metrics_of(worker, session), node="device-3", role="device")
 
 
@@ -31,6 +31,7 @@ def test_every_quantity_is_shown_with_its_type() -> None:
         'semct_denoiser_calls_total{node="device-3",role="device"} 7',
         'semct_energy_joules_total{node="device-3",role="device"} 3000000000',
         'semct_dropped_messages_total{node="device-3",role="device",reason="malformed"} 4',
+        'semct_dropped_messages_total{node="device-3",role="device",reason="flood"} 9',
         "# TYPE semct_requests_under_way gauge",
         'semct_requests_under_way{node="device-3",role="device"} 2',
     ):
