@@ -133,7 +133,10 @@ def _docker() -> Finding:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     if done.returncode:
         return Finding("Docker", "optional", _last_line(done))
-    return Finding("Docker", "yes", f"engine {done.stdout.strip()}")
+    # What the engine looks for itself.
+    lacks = any(gpus()) and shutil.which("nvidia-container-runtime-hook") is None
+    more = ": without NVIDIA's container toolkit, containers get no GPU" if lacks else ""
+    return Finding("Docker", "yes", f"engine {done.stdout.strip()}{more}")
 
 
 def _tried(code: str) -> subprocess.CompletedProcess[str]:

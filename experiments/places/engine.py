@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 from experiments.places import PlaceFailed
@@ -13,6 +14,15 @@ from experiments.scenario import FOLDER, Scenario
 
 _PROJECT = FOLDER.parent
 _ANSWER = 30  # seconds that the engine may take for one
+
+# What the engine says of GPUs, and what that means.
+_GPUS = {
+    "could not select device driver": "Docker cannot give containers a GPU here: install NVIDIA's container toolkit and"
+    " restart Docker, or use compose.yaml as it is",
+    "driver not loaded": "there is no GPU here, or its driver is not loaded: see `nvidia-smi`",
+    "unknown device": "the compose file names a GPU that is not here: `nvidia-smi -L` tells which are, and"
+    " `semct compose render --gpus` makes the file anew",
+}
 
 
 def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
@@ -41,10 +51,18 @@ def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
         return subprocess.run(command, cwd=_PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
 
     try:
-        started = compose("up", "--detach", "--no-build", "--force-recreate")
+        command = ["docker", "compose", "up", "--detach", "--no-build", "--force-recreate"]
+        said = []
+        with subprocess.Popen(command, cwd=_PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as starting:
+            for line in starting.stderr or ():
+                sys.stderr.write(line)
+                said.append(line)
         experiment = compose("ps", "--all", "--quiet", "experiment").stdout.strip()
-        if started.returncode or not experiment:
-            raise PlaceFailed("the containers did not come up: `docker compose logs` tells what they said")
+        if starting.returncode or not experiment:
+            known = [means for complaint, means in _GPUS.items() if any(complaint in line for line in said)]
+            raise PlaceFailed(
+                known[0] if known else "the containers did not come up: `docker compose logs` tells what they said"
+            )
         subprocess.run(["docker", "logs", "--follow", experiment], check=False)
         waited = subprocess.run(["docker", "wait", experiment], capture_output=True, text=True, check=False)
         return int(waited.stdout) if waited.returncode == 0 else 1

@@ -65,7 +65,7 @@ def test_a_scenario_that_containers_do_not_see(tmp_path: Path) -> None:
 _DOCKER = """
 echo "$*" >>"{journal}"
 case "$*" in
-  "compose up "*) exit {up} ;;
+  "compose up "*) echo '{said}' >&2; exit {up} ;;
   "compose ps "*) echo c0ffee ;;
   "wait c0ffee") echo 3 ;;
 esac
@@ -77,8 +77,28 @@ def test_the_status_is_the_experiments_and_all_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: int, status: int
 ) -> None:
     journal = tmp_path / "journal"
-    answer(tmp_path, monkeypatch, _DOCKER.format(journal=journal, up=up))
+    answer(tmp_path, monkeypatch, _DOCKER.format(journal=journal, up=up, said=""))
     done = CliRunner().invoke(app, ["run", "--place", "compose", str(QUICKSTART)])
     assert done.exit_code == status, done.output
     assert ("the containers did not come up" in done.stderr) == bool(up)
     assert journal.read_text(encoding="utf-8").splitlines()[-1] == "compose stop"
+
+
+@pytest.mark.parametrize(
+    ("complaint", "said"),
+    [
+        ('could not select device driver "nvidia" with capabilities: [[gpu]]', "install NVIDIA's container toolkit"),
+        ("nvidia-container-cli: device error: 7: unknown device: unknown", "names a GPU that is not here"),
+        ("nvidia-container-cli: initialization error: nvml error: driver not loaded", "there is no GPU here"),
+    ],
+)
+def test_a_gpu_that_containers_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, said: str
+) -> None:
+    answer(tmp_path, monkeypatch, _DOCKER.format(journal=tmp_path / "journal", up=1, said=complaint))
+    done = CliRunner().invoke(app, ["run", "--place", "compose", str(QUICKSTART)])
+    assert done.exit_code == 1
+    relayed, sentence = done.stderr.strip().splitlines()
+    assert relayed == complaint
+    assert sentence.startswith("semct: ")
+    assert said in sentence
