@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -22,13 +22,13 @@ _logger = logging.getLogger(__name__)
 
 
 class _Place:
-    """One place of the scenario: who was given it, and whether that node is not there yet, there, or away again."""
+    """One place of the scenario, and the node that was given it; ``left`` once another may have it instead."""
 
     def __init__(self, settings: EdgeSettings | DeviceSettings, *, by_name: bool) -> None:
         self.settings = settings
         self.by_name = by_name
         self.holder: str | None = None
-        self.state: Literal["given", "there", "away"] = "given"
+        self.left = False
 
     def suits(self, enrol: Enrol) -> bool:
         """Whether this is such a place as the node asks for."""
@@ -42,8 +42,8 @@ class Enrolment:
 
     ``places`` go to whoever comes, edges in their order and devices in theirs; ``attached`` only to the devices that
     want them by name. ``others`` are nodes of the testbed that did not enrol. A node that comes again gets its place
-    again, and a place whose node is away goes to the next. Nodes that an earlier run has left in a place are told to
-    leave it, so they enrol here. A node that this run has dismissed waits for another one.
+    again, unless ``release`` gave it up and another node came first. Nodes that an earlier run has left in a place are
+    told to leave it, so they enrol here. A node that this run has dismissed waits for another one.
     """
 
     def __init__(
@@ -81,6 +81,13 @@ class Enrolment:
         """The places that no node was given yet."""
         return tuple(name for name, place in self._places.items() if place.holder is None)
 
+    async def release(self, name: str) -> None:
+        """Give the place of a node that has ended to the next."""
+        if name in self._places:
+            self._places[name].left = True
+            for enrol in list(self._waiting.values()):
+                await self._take(enrol)
+
     async def watch(self) -> None:
         """Runs beside its users, and raises what ends the handing out."""
         await asyncio.shield(self._listening)
@@ -102,7 +109,7 @@ class Enrolment:
             _logger.info("%s on %s waits: no place is free for it", enrol.name, enrol.host)
             self._waiting[enrol.name] = enrol
             return
-        place.holder, place.state = enrol.name, "given"
+        place.holder, place.left = enrol.name, False
         _logger.info("%s on %s is %s", enrol.name, enrol.host, place.settings.name)
         assign = Assign(run=self._run, settings=msgspec.Raw(msgspec.msgpack.encode(place.settings)))
         await self._session.publish(self._session.topics.inbox(enrol.name, "control"), assign)
@@ -111,19 +118,11 @@ class Enrolment:
         suitable = [place for place in self._places.values() if place.suits(enrol)]
         own = (place for place in suitable if place.holder == enrol.name)
         free = (place for place in suitable if place.holder is None)
-        left = (place for place in suitable if place.state == "away")
+        left = (place for place in suitable if place.left)
         return next(own, None) or next(free, None) or next(left, None)
 
     async def _note(self, birth: Birth) -> None:
-        if birth.name in self._others:
-            return
         place = self._places.get(birth.name)
-        if place is None or place.holder is None:
-            if birth.state == "ready":  # it belongs to an earlier run
-                await self._session.publish(self._session.topics.inbox(birth.name, "control"), Close())
-        elif birth.state == "ready":
-            place.state = "there"
-        elif place.state == "there":  # else the message is older than the node
-            place.state = "away"
-            for enrol in list(self._waiting.values()):
-                await self._take(enrol)
+        unknown = birth.name not in self._others and (place is None or place.holder is None)
+        if unknown and birth.state == "ready":  # it belongs to an earlier run
+            await self._session.publish(self._session.topics.inbox(birth.name, "control"), Close())

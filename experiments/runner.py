@@ -36,7 +36,7 @@ from experiments.node_settings import (
     weights,
 )
 from experiments.places import Place, PlaceFailed
-from experiments.places.compose import ComposePlace
+from experiments.places.compose import ComposePlace, TendedPlace, Whom
 from experiments.places.local import LocalPlace
 from experiments.progress import Watcher
 from experiments.record import RunFolder
@@ -54,7 +54,7 @@ from semct.runs import RequestRow, Row
 RUNNER = "runner"
 
 LINKS_SERVICE = Path("/run/semct/links.sock")
-"""Where the service answers that shapes the links of containers."""
+"""Where the service answers that shapes the links of containers and breaks them."""
 
 _START = 180.0  # seconds until all nodes must have announced themselves
 _LONGEST_WINDOW = 3600.0  # seconds; what a round's order may ask for
@@ -305,17 +305,18 @@ def local_place(scenario: Scenario, logs: Path, *, refused: str = "", doors: Doo
 def compose_place(scenario: Scenario, logs: Path, *, broker: Address) -> Place:  # noqa: ARG001  docker keeps the logs
     """The containers whose nodes enrol at a broker, where attached devices come in, too."""
     devices = device_settings(scenario)
-    return ComposePlace(
-        broker,
-        testbed=TESTBED,
-        edge=edge_settings(scenario),
-        helpers=helper_settings(scenario),
-        devices=[device for device in devices if device.name not in scenario.attached],
-        attached=[device for device in devices if device.name in scenario.attached],
-        links=LinksClient(LINKS_SERVICE) if scenario.shaping != "none" else None,
-        shaped_by=scenario.shaping,
-        seed=scenario.seed,
-    )
+    whom: Whom = {
+        "testbed": TESTBED,
+        "edge": edge_settings(scenario),
+        "helpers": helper_settings(scenario),
+        "devices": [device for device in devices if device.name not in scenario.attached],
+        "attached": [device for device in devices if device.name in scenario.attached],
+    }
+    # Where the folder of its socket is, the service is, or will be soon.
+    if scenario.shaping != "none" or (scenario.faults.on_nodes and LINKS_SERVICE.parent.exists()):
+        links = LinksClient(LINKS_SERVICE)
+        return TendedPlace(broker, links=links, shaped_by=scenario.shaping, seed=scenario.seed, **whom)
+    return ComposePlace(broker, **whom)
 
 
 async def play(
@@ -494,7 +495,7 @@ async def _keep(
     judged = await asyncio.to_thread(judge.judge, {r: served.pictures[r] for r in shown}, served.prompts)
     images = {r: folder.image(served.framework, r, served.pictures[r]) for r in shown}
     found = rows.request_rows(served, scenario, kinds=kinds, unmetered=unmetered, judged=judged, images=images)
-    memory = place.memory()
+    memory = await place.memory()
     for row in found:
         folder.add(row)
     nodes = rows.node_rows(

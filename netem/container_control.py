@@ -1,10 +1,14 @@
-"""What is asked of the service that shapes containers' links, over a Unix socket, and what it answers."""
+"""What is asked of the service that shapes containers' links and breaks containers, and what it answers.
+
+Messages go over a Unix socket. A connection that begins with ``Use`` is a runner's, and lasts; any other one is for a
+single question.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,10 +17,14 @@ from netem.control import Count, Counters, Done, Read, Refused, Request, Shape, 
 from netem.link import Link
 from netem.probe import Traffic
 
+BROKER = "broker"
+"""What the broker's container goes by, of which a testbed has one."""
+
 _LONGEST = 2**16  # bytes of a message
 _PATIENCE = 180.0  # seconds until the service must be there: containers start in any order
 _AGAIN = 0.2  # seconds between two tries
 _LENGTH = 4  # bytes before each message that say how long it is
+_ENDED = "the links service has ended, and the links with it"
 
 
 class LinksRefused(RuntimeError):
@@ -59,8 +67,28 @@ class Took(msgspec.Struct, frozen=True, tag=True):
     seconds: float | None
 
 
-Question = Use | Shape | Read | Count | Pass | Ping
-Answer = Using | Done | Refused | State | Counters | Passed | Took
+class Break(Request, frozen=True):
+    """Break a container, or mend it again: it is killed, stands still, or ends in order.
+
+    The name ``broker`` is the broker's. What is not mended when its runner leaves is then.
+    """
+
+    what: Literal["kill", "pause", "stop", "start", "resume"]
+
+
+class Look(Request, frozen=True):
+    """Does a container run, and how much memory does it have for itself?"""
+
+
+class Seen(msgspec.Struct, frozen=True, tag=True):
+    """One that stands still runs; ``memory`` is in bytes, none where the kernel does not count it."""
+
+    runs: bool
+    memory: int | None = None
+
+
+Question = Use | Shape | Read | Count | Pass | Ping | Break | Look
+Answer = Using | Done | Refused | State | Counters | Passed | Took | Seen
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=float)
 
@@ -92,7 +120,10 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 
 class LinksClient:
-    """A connection to the service, whose links last as long as this does. Containers go by their names or ids."""
+    """A connection to the service, whose links last as long as this does, as what it breaks stays broken no longer.
+
+    Containers go by their names or ids.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -147,16 +178,58 @@ class LinksClient:
         took: Took = await self._ask(Ping(container, patience), Took)
         return took.seconds
 
+    async def kill(self, container: str) -> None:
+        """End a container as a crash would, and return when it has ended; raises ``LinksRefused``."""
+        await self._ask_apart(Break(container, "kill"), Done)
+
+    async def pause(self, container: str) -> None:
+        """Let a container stand still; raises ``LinksRefused``."""
+        await self._ask_apart(Break(container, "pause"), Done)
+
+    async def resume(self, container: str) -> None:
+        """Let a container go on that stands still; raises ``LinksRefused``."""
+        await self._ask_apart(Break(container, "resume"), Done)
+
+    async def stop(self, container: str) -> None:
+        """End a container in order; raises ``LinksRefused``."""
+        await self._ask_apart(Break(container, "stop"), Done)
+
+    async def start(self, container: str) -> None:
+        """Start a container that has ended, with a link that lets everything pass; raises ``LinksRefused``."""
+        await self._ask_apart(Break(container, "start"), Done)
+
+    async def look(self, container: str) -> Seen:
+        """Whether a container runs, which one that is not there does not; raises ``LinksRefused``."""
+        seen: Seen = await self._ask_apart(Look(container), Seen)
+        return seen
+
     async def _ask(self, question: Question, expected: Any) -> Any:
         assert self._writer is not None, "the client is not open"  # noqa: S101
         async with self._turn:
-            try:
-                write(self._writer, question)
-                answer = _answers.decode(await _read(self._reader))
-            except (OSError, EOFError, msgspec.DecodeError) as error:
-                raise LinksRefused("the links service has ended, and the links with it") from error
-        if isinstance(answer, Refused):
-            raise LinksRefused(answer.why)
-        if not isinstance(answer, expected):
-            raise LinksRefused(f"the links service answered {answer}")
-        return answer
+            return await _exchange(question, expected, self._reader, self._writer)
+
+    async def _ask_apart(self, question: Question, expected: Any) -> Any:
+        """Ask by a connection of its own, so that links need not wait for what takes long."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(str(self._path))
+        except OSError as error:
+            raise LinksRefused(_ENDED) from error
+        try:
+            return await _exchange(question, expected, reader, writer)
+        finally:
+            writer.close()
+
+
+async def _exchange(
+    question: Question, expected: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> Any:
+    try:
+        write(writer, question)
+        answer = _answers.decode(await _read(reader))
+    except (OSError, EOFError, msgspec.DecodeError) as error:
+        raise LinksRefused(_ENDED) from error
+    if isinstance(answer, Refused):
+        raise LinksRefused(answer.why)
+    if not isinstance(answer, expected):
+        raise LinksRefused(f"the links service answered {answer}")
+    return answer

@@ -1,7 +1,8 @@
-"""The service that shapes the links of containers: ``python -m netem.containers SOCKET``.
+"""The service that shapes the links of a testbed's containers, and breaks and mends these.
 
-It works on the host's ends of the containers' interfaces, in the host's network namespace (``network_mode: host``),
-with CAP_NET_ADMIN to shape them and CAP_NET_RAW to ping, and asks Docker's socket which interface is whose.
+``python -m netem.containers SOCKET PROJECT``, where the project is Compose's name for the testbed. The service works on
+the host's ends of the containers' interfaces, in the host's network namespace (``network_mode: host``), with
+CAP_NET_ADMIN to shape them and CAP_NET_RAW to ping, and asks Docker's socket which interface is whose.
 
 Where the kernel has netem, `netem.kernel.OneEnd` shapes both directions. Elsewhere the userspace links' packet
 scheduler does, between two TAP devices: one takes the interface's place in Docker's bridge, the other exchanges
@@ -14,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
 
 import docker.errors
 import msgspec
@@ -31,7 +34,22 @@ from pyroute2.netlink.rtnl import TC_H_INGRESS
 
 import docker
 from netem.choice import Wanted
-from netem.container_control import Answer, Pass, Passed, Ping, Question, Took, Use, Using, read_question, write
+from netem.container_control import (
+    BROKER,
+    Answer,
+    Break,
+    Look,
+    Pass,
+    Passed,
+    Ping,
+    Question,
+    Seen,
+    Took,
+    Use,
+    Using,
+    read_question,
+    write,
+)
 from netem.control import Count, Counters, Done, Read, Refused, Shape, State
 from netem.hosts import Host, LinksUnavailable
 from netem.kernel import NetemLinks, OneEnd
@@ -39,7 +57,9 @@ from netem.link import BadLink, Link
 from netem.probe import ping, traffic
 from netem.userspace import UserspaceLinks, tap
 
-_SERVICES: Final = ("device", "edge")
+_PROJECT, _SERVICE = "com.docker.compose.project", "com.docker.compose.service"  # Compose's labels
+_NODES = re.compile(r"(device|edge)(-\d+)?")  # numbered where each device is a service of its own
+_KEEP: Final = "touch /tmp/restarts"  # so that the broker finds what it has kept when it is started
 _INGRESS: Final = 0xFFFF0000  # the kernel's handle of an interface's ingress qdisc
 _ANY: Final = 3  # ETH_P_ALL
 _TO_BRIDGE, _TO_CONTAINER = "semctb", "semctc"  # and the interface's index
@@ -62,7 +82,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 class NoContainer(LookupError):
-    """There is no such container, or it has no interface here."""
+    """There is no such container in the testbed, or it has no interface here."""
 
 
 class Shaper(Protocol):
@@ -227,12 +247,18 @@ def choose(wanted: Wanted, seed: int) -> Shaper:
 
 
 class Service:
-    """Answers one runner at a time, and removes its links when it leaves."""
+    """Answers one runner at a time; when it leaves, its links are removed, and what it has broken is mended.
 
-    def __init__(self) -> None:
+    It touches no containers but those of one Compose project.
+    """
+
+    def __init__(self, project: str) -> None:
         self._docker: Any = docker.from_env()
+        self._project = project
+        self._broken: dict[str, Literal["start", "resume"]] = {}
         self._shaper: Shaper = PlainShaper()
         self._ends: dict[str, End] = {}
+        self._each: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._turn = asyncio.Lock()
         self._shaping = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -253,9 +279,8 @@ class Service:
             path.unlink(missing_ok=True)  # noqa: ASYNC240  nobody is served any more
 
     def _clean(self) -> None:
-        filters = {"label": "com.docker.compose.project"}
-        for container in self._docker.containers.list(filters=filters):
-            if container.labels.get("com.docker.compose.service") in _SERVICES:
+        for container in self._docker.containers.list(filters={"label": f"{_PROJECT}={self._project}"}):
+            if _NODES.fullmatch(container.labels[_SERVICE]):
                 with suppress(NoContainer):
                     restore(self._find(container.short_id))
 
@@ -280,6 +305,11 @@ class Service:
             await self._detach(name)
         await self._alone(self._shaper.close)
         self._shaper = PlainShaper()
+        for name, cure in list(self._broken.items()):
+            try:
+                await self._break(name, cure)
+            except (NoContainer, docker.errors.DockerException) as error:
+                _logger.warning("%s stays broken: %s", name, error)
 
     async def _alone(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Call a shaper in a thread, since netlink's calls wait, and one at a time, as shapers want it."""
@@ -287,12 +317,21 @@ class Service:
             return await asyncio.to_thread(call, *arguments, **named)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            question = await read_question(reader)
+            if isinstance(question, Use):
+                await self._stay(question, reader, writer)
+            else:  # a question by itself: what takes long must not hold up the links
+                write(writer, await self._answer(question))
+        writer.close()
+
+    async def _stay(self, question: Question, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with self._turn:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
-                    write(writer, await self._answer(await read_question(reader)))
+                    write(writer, await self._answer(question))
+                    question = await read_question(reader)
             await self._leave()
-        writer.close()
 
     async def _answer(self, question: Question) -> Answer:  # noqa: PLR0911  one for each question
         try:
@@ -300,6 +339,11 @@ class Service:
                 await self._leave()
                 self._shaper = await self._alone(choose, question.wanted, question.seed)
                 return Using(self._shaper.implementation)
+            if isinstance(question, Break):
+                await self._break(question.name, question.what)
+                return Done()
+            if isinstance(question, Look):
+                return await asyncio.to_thread(self._look, question.name)
             end = self._ends.get(question.name) or await self._attach(question.name)
             match question:
                 case Shape(link=link):
@@ -314,7 +358,7 @@ class Service:
                     return Passed(seen.up, seen.down)
                 case Ping(patience=patience):
                     return Took(await ping(end.address, patience))
-        except (BadLink, LinksUnavailable, NoContainer, NetlinkError, OSError) as error:
+        except (BadLink, LinksUnavailable, NoContainer, docker.errors.APIError, NetlinkError, OSError) as error:
             return Refused(str(error))
         except Exception as error:  # whoever asked waits for an answer
             _logger.exception("a question could not be answered")
@@ -327,12 +371,66 @@ class Service:
         _logger.info("the link of %s is %s, %s", name, end.interface, self._shaper.implementation)
         return end
 
+    async def _break(self, name: str, what: Literal["kill", "pause", "stop", "start", "resume"]) -> None:
+        """Break a container or mend it, if it is not so already; raises ``NoContainer`` and ``APIError``."""
+        async with self._each[name]:
+            await self._change(name, what)
+
+    async def _change(self, name: str, what: Literal["kill", "pause", "stop", "start", "resume"]) -> None:
+        container = await asyncio.to_thread(self._container, name)
+        _logger.info("%s: %s", name, what)
+        self._broken.pop(name, None)
+        match what, container.status:
+            case "kill", "running":
+                self._broken[name] = "start"
+                await asyncio.to_thread(container.kill)
+                await asyncio.to_thread(container.wait)
+                await self._detach(name)
+            case "stop", "running":
+                self._broken[name] = "start"
+                await asyncio.to_thread(container.exec_run, _KEEP)
+                await asyncio.to_thread(container.stop)
+            case "pause", "running":
+                self._broken[name] = "resume"
+                await asyncio.to_thread(container.pause)
+            case "resume", "paused":
+                await asyncio.to_thread(container.unpause)
+            case "start", "exited":
+                await self._detach(name)  # where a link was shaped in the moment of its end
+                await asyncio.to_thread(container.start)
+
+    def _look(self, name: str) -> Seen:
+        try:
+            container = self._container(name)
+        except NoContainer:
+            return Seen(runs=False)
+        if container.status not in {"running", "paused"}:
+            return Seen(runs=False)
+        try:
+            counted = container.stats(stream=False, one_shot=True)["memory_stats"].get("stats", {})
+        except docker.errors.APIError:  # it has just ended
+            return Seen(runs=False)
+        # What the second version of control groups calls anonymous, and the first one resident.
+        return Seen(runs=True, memory=counted.get("anon", counted.get("total_rss")))
+
+    def _container(self, name: str) -> Any:
+        """A node's container of this testbed, or its broker's; raises ``NoContainer``."""
+        try:
+            if name == BROKER:
+                labels = [f"{_PROJECT}={self._project}", f"{_SERVICE}={BROKER}"]
+                return self._docker.containers.list(all=True, filters={"label": labels})[0]
+            container = self._docker.containers.get(name)
+        except (docker.errors.NotFound, IndexError) as error:
+            raise NoContainer(f"there is no container {name}") from error
+        labels = container.labels
+        if labels.get(_PROJECT) != self._project or not _NODES.fullmatch(labels.get(_SERVICE, "")):
+            raise NoContainer(f"{name} is no device and no edge of this testbed")
+        return container
+
     def _find(self, name: str) -> End:
         """The host's end of a container's interface; raises ``NoContainer``."""
         try:
-            container = self._docker.containers.get(name)
-            if container.labels.get("com.docker.compose.service") not in _SERVICES:
-                raise NoContainer(f"{name} is no device and no edge of a testbed")
+            container = self._container(name)
             networks = container.attrs["NetworkSettings"]["Networks"]
             network = next((n for n in networks.values() if n["MacAddress"]), None)
             if network is None:
@@ -361,7 +459,8 @@ def _host(end: End) -> Host:
 
 
 def main() -> None:
-    """Serve at the socket that the command line names."""
+    """Serve the project at the socket that the command line names."""
+    path, project = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     async def serve() -> None:
@@ -369,7 +468,7 @@ def main() -> None:
         assert task is not None  # noqa: S101
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        await Service().run(Path(sys.argv[1]))
+        await Service(project).run(Path(path))
 
     try:
         asyncio.run(serve())

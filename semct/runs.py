@@ -97,7 +97,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
     ``rows`` are denoised latents summed over the ``denoiser_calls``; ``busy_s`` seconds of the emulated
     world; ``energy_j`` what denoising took, null where nothing measures it; ``memory_mib`` the process's private
-    memory (USS) in MiB; ``alive`` whether it lived at the end.
+    memory (USS; of a container its anonymous memory) in MiB; ``alive`` whether it lived at the end.
     ``shortages`` are denoiser calls for which memory did not suffice, after which calls had half as many rows.
     ``clock_ahead_s`` is how far the node's clock was ahead of the runner's, give or take ``clock_uncertainty_s``; all
     times in the record are the runner's, with what is beyond the uncertainty taken off. ``cache_*`` are the edge's,

@@ -64,7 +64,7 @@ class Place(Protocol):
         """Seconds of a ping from the hub to a node and back; none where no answer comes in time."""
         ...
 
-    def memory(self) -> Mapping[str, float]:
+    async def memory(self) -> Mapping[str, float]:
         """Private memory (USS) of each node in MiB, as far as it can be seen from here."""
         ...
 

@@ -150,7 +150,7 @@ class LocalPlace:
         address = next((host.address for host in self._hub.hosts if host.name == node), None)
         return None if address is None else await ping(address, patience)
 
-    def memory(self) -> dict[str, float]:
+    async def memory(self) -> dict[str, float]:
         """Private memory (USS) of each living node in MiB."""
         found = {}
         for name, pid in self._pids.items():

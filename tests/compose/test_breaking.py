@@ -17,6 +17,7 @@ pytestmark = pytest.mark.compose
 
 RUNS = engine.ROOT / "runs"
 ENVIRONMENT = {**os.environ, "SCENARIO": "tests/compose/five.yaml", "DEVICES": "5", "HF_HUB_OFFLINE": "1"}
+FAULTS = "tests/compose/faults.yaml"
 ROUNDS = 2
 
 docker = functools.partial(engine.docker, environment=ENVIRONMENT)
@@ -89,3 +90,28 @@ def test_the_run_ends_in_one_sentence_when_the_edge_dies(running: Path) -> None:
     assert "Traceback" not in said
     assert said.strip().splitlines()[-1] == f"semct: the container {edge[:12]} of edge has ended, or is cut off"
     assert len(containers("device")) == 5
+
+
+def test_faults_of_a_scenario_break_containers_and_mend_them() -> None:
+    RUNS.mkdir(exist_ok=True)
+    before = set(RUNS.iterdir())
+    # One device more than the scenario has: it must not take the place of one that comes back.
+    docker("compose", "up", "--detach", "--no-build", environment={**ENVIRONMENT, "SCENARIO": FAULTS, "DEVICES": "4"})
+    there = {service: containers(service) for service in ("device", "edge", "broker")}
+    docker("wait", docker("compose", "ps", "--all", "--quiet", "experiment"))
+    (folder,) = set(RUNS.iterdir()) - before
+    status, said, run = ended(folder)
+    assert status == 0, said
+    assert run.info.status == "finished"
+    assert len(run.requests) == 3
+    assert set(run.requests["outcome"]) <= {"answered", "degraded"}
+    assert sorted(run.faults["what"]) == ["broker-restarts", "dies", "dies", "hangs"]
+    assert set(run.faults["note"]) == {""}
+    for fault in run.faults.iter_rows(named=True):
+        assert fault["ended"] - fault["began"] >= fault["lasts_s"], fault
+    assert {service: containers(service) for service in there} == there
+    enrolled = docker("compose", "logs", "--no-color", "device", "edge")
+    assert enrolled.count(" is device-1 from now on") == enrolled.count(" is edge from now on") == 2
+    assert enrolled.count(" is device-2 from now on") == enrolled.count(" is device-3 from now on") == 1
+    assert run.nodes["memory_mib"].min() > 10
+    assert "Traceback" not in said

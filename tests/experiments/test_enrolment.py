@@ -47,10 +47,6 @@ async def named(place: Assign | None, kind: type[Any] = DeviceSettings) -> str:
     return str(msgspec.msgpack.decode(place.settings, type=kind).name)
 
 
-def session(bus: tuple[str, int], name: str, role: Any = "device") -> Session:
-    return Session(*bus, testbed="t", name=name, birth=Birth(name=name, role=role, state="ready"))
-
-
 async def test_places_go_out_in_order_and_by_name(bus: tuple[str, int], ear: Ears) -> None:
     async with (
         Enrolment(*bus, testbed="t", places=places(bus), attached=[laptop(bus)]) as enrolment,
@@ -72,13 +68,11 @@ async def test_places_go_out_in_order_and_by_name(bus: tuple[str, int], ear: Ear
             expected = {"c0ffee": "device-1", "decade": "device-2", "facade": "edge", "second": "edge-2"}
             assert got == expected.get(name, name)
         assert enrolment.free == ()
-        # A cell that is full lets the next one wait, until a node is lost.
+        # A cell that is full lets the next one wait, until a node has ended.
         late = msgspec.structs.replace(wish, name="late")
         async with ear("late", TOPICS.inbox("late", "control"), birth=late) as node:
             await heard.until(Enrol, name="late")
-            lost = session(bus, "device-2")
-            await lost.__aenter__()
-            await lost.__aexit__(RuntimeError, RuntimeError("power cut"), None)
+            await enrolment.release("device-2")
             (assign,) = await node.until(Assign)
             assert await named(assign) == "device-2"
 
@@ -96,18 +90,6 @@ async def test_a_node_that_comes_again_gets_its_place_again(bus: tuple[str, int]
                 await runner.publish(TOPICS.inbox(asked.name, "control"), Close(ends=True))
                 await asyncio.sleep(0.1)
         assert await waiting is None
-
-
-async def test_an_old_message_of_a_place_does_not_free_it(bus: tuple[str, int], ear: Ears) -> None:
-    async with session(bus, "device-1"):
-        pass  # an earlier run: its birth stays, as gone
-    async with Enrolment(*bus, testbed="t", places=places(bus)[2:3]), ear("watcher", TOPICS.every("birth")) as heard:
-        assert await named(await enrol(door(bus))) == "device-1"
-        await heard.until(Birth, name="device-1", state="gone")
-        other = Enrol(name="other", role="device", state="ready")
-        async with ear("other", TOPICS.inbox("other", "control"), birth=other) as node:
-            await asyncio.sleep(0.3)
-            assert not node.all(Assign)
 
 
 async def test_a_device_program_serves_one_run_after_the_other(
