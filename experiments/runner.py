@@ -201,8 +201,6 @@ class Runner:
         times = arrival_times(scenario, served.repetition)
         async with asyncio.TaskGroup() as tasks:
             for (request, prompt), at in zip(served.prompts.items(), times, strict=True):
-                if served.devices[request] in self._place.ended:
-                    continue
                 due = began + at * scenario.slowdown
                 ask = Ask(
                     round=served.round,
@@ -218,7 +216,9 @@ class Runner:
     async def _ask_at(self, due: float, device: str, ask: Ask) -> None:
         await asyncio.sleep(max(0.0, due - time.time()))
         self._asked[device] = ask, time.time()
-        await self._session.publish(self._session.topics.inbox(device, "control"), ask)
+        # Whoever comes in the place of one that has ended is reminded of it.
+        if device not in self._place.ended or self._births[device].state == "ready":
+            await self._session.publish(self._session.topics.inbox(device, "control"), ask)
 
     async def _remind(self, order: Round) -> None:
         """Say again what nodes that were started anew have forgotten, as long as the round goes on.
