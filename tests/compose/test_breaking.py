@@ -72,7 +72,7 @@ def test_devices_come_and_one_dies_in_the_middle_of_a_run(running: Path) -> None
     status, said, run = ended(running)
     assert run.requests["request"].n_unique() == len(run.requests) == 5 * ROUNDS
     failed = run.requests.filter(outcome="failed")
-    assert set(run.requests["outcome"]) <= {"answered", "failed"}
+    assert set(run.requests["outcome"]) <= {"answered", "degraded", "failed"}
     # Only the one that died has none, unless one of those that came has taken its place by then.
     assert failed["device"].n_unique() <= 1
     assert all(five[0][:12] in reason for reason in failed["reason"])
