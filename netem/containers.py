@@ -22,6 +22,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar
@@ -60,6 +61,7 @@ from netem.userspace import UserspaceLinks, tap
 _PROJECT, _SERVICE = "com.docker.compose.project", "com.docker.compose.service"  # Compose's labels
 _NODES = re.compile(r"(device|edge)(-\d+)?")  # numbered where each device is a service of its own
 _KEEP: Final = "touch /tmp/restarts"  # so that the broker finds what it has kept when it is started
+_AT_ONCE: Final = 64  # questions to Docker, which takes a second to say how much memory a container has
 _INGRESS: Final = 0xFFFF0000  # the kernel's handle of an interface's ingress qdisc
 _ANY: Final = 3  # ETH_P_ALL
 _TO_BRIDGE, _TO_CONTAINER = "semctb", "semctc"  # and the interface's index
@@ -468,6 +470,7 @@ def main() -> None:
         assert task is not None  # noqa: S101
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_AT_ONCE))
         await Service(project).run(Path(path))
 
     try:

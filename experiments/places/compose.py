@@ -222,11 +222,16 @@ class TendedPlace(ComposePlace):
     async def memory(self) -> Mapping[str, float]:
         """Memory in MiB that the container of each node has for itself."""
         found: dict[str, float] = {}
-        for node, birth in self._births.items():
+
+        async def look(node: str, container: str) -> None:
             with suppress(LinksRefused):
-                seen = await self._links.look(birth.host)
+                seen = await self._links.look(container)
                 if seen.memory is not None:
                     found[node] = seen.memory / 2**20
+
+        async with asyncio.TaskGroup() as tasks:
+            for node, birth in self._births.items():
+                tasks.create_task(look(node, birth.host))
         return found
 
     async def kill(self, node: str) -> None:
