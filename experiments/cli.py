@@ -52,7 +52,8 @@ def run(
     ] = None,
     authority: Annotated[Path | None, typer.Option(help="Who may come in there: a folder of `semct enroll`.")] = None,
     place: Annotated[
-        Literal["local", "compose"], typer.Option(help="Processes of this machine, or containers.")
+        Literal["local", "compose", "swarm"],
+        typer.Option(help="Processes of this machine, containers, or containers on all hosts of a swarm."),
     ] = "local",
     broker: Annotated[
         str | None,
@@ -67,8 +68,8 @@ def run(
         _give_up(error)
     if seed is not None:
         wanted = msgspec.structs.replace(wanted, seed=seed)
-    if place == "compose" and address is None:
-        _run_in_containers(wanted, scenario, seed)
+    if place != "local" and address is None:
+        _run_in_containers(place, wanted, scenario, seed)
     refused = ""
     try:
         listening = open_gate(live)
@@ -130,12 +131,13 @@ def run(
         _give_up(failure)
 
 
-def _run_in_containers(scenario: Scenario, file: Path, seed: int | None) -> NoReturn:
+def _run_in_containers(place: str, scenario: Scenario, file: Path, seed: int | None) -> NoReturn:
     """Have Docker run it, and end as it ends."""
     from experiments.places.engine import up  # noqa: PLC0415
+    from experiments.places.swarm import deploy  # noqa: PLC0415
 
     try:
-        sys.exit(up(scenario, file, seed))
+        sys.exit((deploy if place == "swarm" else up)(scenario, file, seed))
     except KeyboardInterrupt:
         sys.exit(130)
     except PlaceFailed as error:

@@ -12,7 +12,9 @@ from pathlib import Path
 from experiments.places import PlaceFailed
 from experiments.scenario import FOLDER, Scenario
 
-_PROJECT = FOLDER.parent
+PROJECT = FOLDER.parent
+"""The checkout, which the containers see."""
+
 _ANSWER = 30  # seconds that the engine may take for one
 
 # What the engine says of GPUs, and what that means.
@@ -30,30 +32,16 @@ def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
 
     Detached, since an attached ``up`` that tells a status ends all as soon as any container, a device's too, ends.
     """
-    try:
-        inside = file.resolve().relative_to(_PROJECT)
-    except ValueError:
-        raise PlaceFailed(
-            f"containers see what lies below {_PROJECT} only, and {file} does not: copy it there"
-        ) from None
-    if not (_PROJECT / "compose.yaml").exists():
-        raise PlaceFailed(f"{_PROJECT} has no compose.yaml: run semct from a checkout to run in containers")
-    image = os.environ.get("IMAGE", "semct")
-    check(image)
-    edges = 1 + sum(group.count for group in scenario.edges) + (scenario.cloud is not None)
-    settings = {"SCENARIO": str(inside), "DEVICES": str(scenario.users), "EDGES": str(edges)}
-    if seed is not None:
-        settings["SEED"] = str(seed)
-    environment = {**os.environ, **settings}
+    environment = surroundings(scenario, file, seed)
 
     def compose(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["docker", "compose", *words]
-        return subprocess.run(command, cwd=_PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        return subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
 
     try:
         command = ["docker", "compose", "up", "--detach", "--no-build", "--force-recreate"]
         said = []
-        with subprocess.Popen(command, cwd=_PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as starting:
+        with subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as starting:
             for line in starting.stderr or ():
                 sys.stderr.write(line)
                 said.append(line)
@@ -68,6 +56,24 @@ def up(scenario: Scenario, file: Path, seed: int | None = None) -> int:
         return int(waited.stdout) if waited.returncode == 0 else 1
     finally:
         compose("stop")
+
+
+def surroundings(scenario: Scenario, file: Path, seed: int | None) -> dict[str, str]:
+    """The environment in which compose.yaml is this scenario's testbed; raises ``PlaceFailed`` where it cannot be."""
+    try:
+        inside = file.resolve().relative_to(PROJECT)
+    except ValueError:
+        raise PlaceFailed(
+            f"containers see what lies below {PROJECT} only, and {file} does not: copy it there"
+        ) from None
+    if not (PROJECT / "compose.yaml").exists():
+        raise PlaceFailed(f"{PROJECT} has no compose.yaml: run semct from a checkout to run in containers")
+    check(os.environ.get("IMAGE", "semct"))
+    edges = 1 + sum(group.count for group in scenario.edges) + (scenario.cloud is not None)
+    settings = {"SCENARIO": str(inside), "DEVICES": str(scenario.users), "EDGES": str(edges)}
+    if seed is not None:
+        settings["SEED"] = str(seed)
+    return {**os.environ, **settings}
 
 
 def check(image: str) -> None:

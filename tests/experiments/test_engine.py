@@ -4,12 +4,14 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.scenario import FOLDER
 
 QUICKSTART = FOLDER / "scenarios" / "quickstart.yaml"
+UNSHAPED = FOLDER.parent / "tests" / "compose" / "unshaped.yaml"
 
 
 def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -20,9 +22,9 @@ def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def run(*more: str) -> str:
+def run(*more: str, place: str = "compose") -> str:
     """What running in containers says, which is one line and an exit status of 1."""
-    done = CliRunner().invoke(app, ["run", "--place", "compose", *(more or [str(QUICKSTART)])])
+    done = CliRunner().invoke(app, ["run", "--place", place, *(more or [str(QUICKSTART)])])
     assert done.exit_code == 1, done.output
     (said,) = done.stderr.strip().splitlines()
     return said
@@ -102,3 +104,29 @@ def test_a_gpu_that_containers_cannot_have(
     assert relayed == complaint
     assert sentence.startswith("semct: ")
     assert said in sentence
+
+
+def test_what_keeps_a_scenario_from_a_swarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(tmp_path, monkeypatch, "exit 0")
+    assert "a swarm's links cannot be shaped" in run(place="swarm")
+    assert "this machine manages no swarm: `docker swarm init`" in run(str(UNSHAPED), place="swarm")
+
+
+@pytest.mark.parametrize(("state", "status"), [("complete 0 ", 0), ("failed 3 task: non-zero exit (3)", 3)])
+def test_a_stack_ends_as_its_experiment_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, status: int
+) -> None:
+    script = f'''
+echo "$@" >>{tmp_path}/asked
+case "$1 $2" in
+  "info --format") echo true;;
+  "stack deploy") cat >{tmp_path}/stack.yaml;;
+  "service ps") echo a-task;;
+  "inspect --format") echo "{state}";;
+esac'''
+    answer(tmp_path, monkeypatch, script)
+    done = CliRunner().invoke(app, ["run", "--place", "swarm", str(UNSHAPED)])
+    assert done.exit_code == status, done.output
+    stack = yaml.safe_load((tmp_path / "stack.yaml").read_text())
+    assert stack["services"]["device"]["deploy"]["replicas"] == 2
+    assert "stack rm semct" in (tmp_path / "asked").read_text()
