@@ -106,8 +106,9 @@ class Session:
     ``birth`` is published retained on entry (and after each reconnection), with ``state="gone"`` on orderly
     exit, ``"lost"`` when the body raised, and as the will; for a node without a place, it is its ``Enrol``.
     ``credentials`` are shown to the broker, over TLS. ``queue`` is the number of incoming messages held for the
-    reader, more than the broker's window; what comes beyond it is dropped and counted. ``patience`` is how many
-    seconds entry waits for a broker, and how long ``publish`` keeps trying.
+    reader, more than twice the broker's window; what comes beyond it is dropped and counted, and of messages without an
+    acknowledgement (QoS 0) what comes beyond half of it, so that they cannot cost those with one their place.
+    ``patience`` is how many seconds entry waits for a broker, and how long ``publish`` keeps trying.
 
     ``dropped`` counts incoming messages that did not get through, by reason: ``malformed``, ``oversized``,
     ``misplaced`` (a topic that the tree does not know, or a message that does not belong there), ``flood`` (a
@@ -363,8 +364,9 @@ class Session:
         """Queue a message for the reader, or count it as dropped and acknowledge it."""
         try:
             incoming = self._check(packet)
-            if self._inbox.qsize() >= self._capacity:
-                raise _Dropped("overflow", f"{self._capacity} messages wait for the reader already")
+            room = self._capacity if packet.qos else self._capacity // 2  # the rest is for what must not get lost
+            if self._inbox.qsize() >= room:
+                raise _Dropped("overflow", f"{room} messages wait for the reader already")
         except _Dropped as dropped:
             self._count(packet.topic.value, dropped)
             connection.client._client.ack(packet.mid, packet.qos)

@@ -225,6 +225,25 @@ async def test_the_brokers_window_keeps_a_slow_reader_from_losing_messages(
         assert device.dropped == {}
 
 
+async def test_what_may_get_lost_leaves_room_for_what_must_not(
+    connect: Connect, topics: Topics, mosquitto: Local
+) -> None:
+    inbox = topics.inbox("d0", "work")
+    async with (
+        mosquitto(),
+        connect("d0", inbox, queue=80) as device,
+        connect("edge") as edge,
+    ):
+        for n in range(200):
+            edge.mention(inbox, work(f"lost-{n}"))
+        for n in range(60):
+            await edge.publish(inbox, work(f"kept-{n}"))
+        await until(lambda: device.dropped["overflow"] == 160)
+        taken = await take(device, 100)
+        assert [incoming.message for incoming in taken[40:]] == [work(f"kept-{n}") for n in range(60)]
+        assert device.dropped == {"overflow": 160}
+
+
 @pytest.mark.usefixtures("broker")
 async def test_a_reader_may_publish_while_its_queue_is_full(connect: Connect, topics: Topics) -> None:
     async with (
