@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from contextlib import suppress
@@ -57,13 +58,11 @@ def _ended() -> int:
     """The exit status of the experiment, once it has ended; raises ``PlaceFailed`` where it never began."""
     while True:
         task = _docker("service", "ps", "--quiet", "--no-trunc", _EXPERIMENT).partition("\n")[0]
-        if task:
-            asked = "{{.Status.State}} {{.Status.ContainerStatus.ExitCode}} {{.Status.Err}}"
-            state, status, error = [*_docker("inspect", "--format", asked, task).split(maxsplit=2), "", ""][:3]
-            if state == "rejected":
-                raise PlaceFailed(f"the swarm did not take the experiment: {error}")
-            if state in _OVER:
-                return int(status) if status.isdigit() else 1
+        status = json.loads(_docker("inspect", "--format", "{{json .Status}}", task) or "{}") if task else {}
+        if status.get("State") == "rejected":
+            raise PlaceFailed(f"the swarm did not take the experiment: {status.get('Err')}")
+        if status.get("State") in _OVER:
+            return int(status.get("ContainerStatus", {}).get("ExitCode", 1))
         time.sleep(_LOOK)
 
 
