@@ -67,13 +67,17 @@ class Took(msgspec.Struct, frozen=True, tag=True):
     seconds: float | None
 
 
+Change = Literal["kill", "pause", "stop", "start", "resume"]
+"""What is done to a container: it is killed, stands still, or ends in order; and what mends that."""
+
+
 class Break(Request, frozen=True):
-    """Break a container, or mend it again: it is killed, stands still, or ends in order.
+    """Break a container, or mend it again.
 
     The name ``broker`` is the broker's. What is not mended when its runner leaves is then.
     """
 
-    what: Literal["kill", "pause", "stop", "start", "resume"]
+    what: Change
 
 
 class Look(Request, frozen=True):

@@ -39,6 +39,7 @@ from netem.container_control import (
     BROKER,
     Answer,
     Break,
+    Change,
     Look,
     Pass,
     Passed,
@@ -373,12 +374,12 @@ class Service:
         _logger.info("the link of %s is %s, %s", name, end.interface, self._shaper.implementation)
         return end
 
-    async def _break(self, name: str, what: Literal["kill", "pause", "stop", "start", "resume"]) -> None:
+    async def _break(self, name: str, what: Change) -> None:
         """Break a container or mend it, if it is not so already; raises ``NoContainer`` and ``APIError``."""
         async with self._each[name]:
             await self._change(name, what)
 
-    async def _change(self, name: str, what: Literal["kill", "pause", "stop", "start", "resume"]) -> None:
+    async def _change(self, name: str, what: Change) -> None:
         container = await asyncio.to_thread(self._container, name)
         _logger.info("%s: %s", name, what)
         self._broken.pop(name, None)

@@ -177,19 +177,17 @@ class _PipelineText:
 
 
 class _Parts:
-    """What a pipeline has besides its text encoders, in a folder that names none; loaded without those of transformers.
+    """What a pipeline has besides its text encoders, loaded without those of transformers.
 
-    ``transformer`` is another folder's, where that is not None.
+    The transformer is in the folder ``source``, the rest in ``others``.
     """
 
-    def __init__(self, source: Path, transformer: Any, **options: Any) -> None:
+    def __init__(self, source: Path, others: Path, **options: Any) -> None:
         diffusers = library()
-        if transformer is None:
-            transformer = diffusers.SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
-        self.transformer = transformer
-        vae = msgspec.json.decode((source / "vae" / "config.json").read_bytes())["_class_name"]
-        self.vae = getattr(diffusers, vae).from_pretrained(source, subfolder="vae", **options)
-        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+        self.transformer = diffusers.SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+        vae = msgspec.json.decode((others / "vae" / "config.json").read_bytes())["_class_name"]
+        self.vae = getattr(diffusers, vae).from_pretrained(others, subfolder="vae", **options)
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(others, subfolder="scheduler")
         self.image_processor = diffusers.image_processor.VaeImageProcessor()
 
     def to(self, device: str) -> None:
@@ -228,20 +226,18 @@ class Denoiser:
     def _load(cls, model: str, device: str, dtype: torch.dtype | None) -> Self:
         source = _source(model)
         options: dict[str, Any] = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
-        transformer = None
         diffusers = library()
         try:
             others = _other_parts(source)
             options["dtype"] = dtype or weights_type(model, device)
-            if others != source:
-                transformer = diffusers.SD3Transformer2DModel.from_pretrained(
-                    source, subfolder="transformer", **options
-                )
             settings = others / _TEXT
             if settings.exists():
-                pipeline: Any = _Parts(others, transformer, **options)
+                pipeline: Any = _Parts(source, others, **options)
             else:
-                own = {} if transformer is None else {"transformer": transformer}
+                own = {}
+                if others != source:
+                    transformer = diffusers.SD3Transformer2DModel
+                    own["transformer"] = transformer.from_pretrained(source, subfolder="transformer", **options)
                 pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(str(others), **own, **options)
         except (OSError, ValueError, TypeError, AttributeError, KeyError, msgspec.MsgspecError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
