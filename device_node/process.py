@@ -12,7 +12,7 @@ import torch
 from device_node.node import DeviceNode, DeviceSettings
 from node.settings import start_logging
 from node.worker import make_worker, warm_up
-from semct.diffusion import Denoiser, library, place
+from semct.diffusion import Denoiser, place
 
 _load = functools.cache(Denoiser.load)
 
@@ -23,7 +23,6 @@ def warm(arguments: dict[str, Any]) -> None:
     Those are the models that run on the processor; a GPU's context does not outlive a fork.
     """
     torch.set_num_threads(1)
-    library()
     for model in arguments["models"]:
         warm_up(_load(model, device="cpu"))
 

@@ -14,7 +14,7 @@ from edge_node.planning import Planner
 from node.settings import start_logging
 from node.worker import Worker, make_worker, warm_up
 from semct.clustering import by_entity
-from semct.diffusion import Denoiser, library, place
+from semct.diffusion import Denoiser, place
 from semct.planner.learned import load_policy
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import SMOLLM2, LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
@@ -33,7 +33,6 @@ def warm(arguments: dict[str, Any]) -> None:
     nodes on a GPU, whose context does not outlive a fork.
     """
     torch.set_num_threads(1)
-    library()
     for model in arguments["models"]:
         warm_up(_load(model, device="cpu"))
 

