@@ -5,6 +5,8 @@ import sys
 from device_node.node import DeviceSettings
 from device_node.process import serve
 from node.enrolment import start
+from semct.diffusion import ModelNotFound, NoSuchDevice
+from semct.prompts import EncoderNotFound
 
 if __name__ == "__main__":
-    sys.exit(start(DeviceSettings, serve, "device"))
+    sys.exit(start(DeviceSettings, serve, "device", unfit=(ModelNotFound, NoSuchDevice, EncoderNotFound)))

@@ -5,6 +5,10 @@ import sys
 from edge_node.node import EdgeSettings
 from edge_node.process import serve
 from node.enrolment import start
+from semct.diffusion import ModelNotFound, NoSuchDevice
+from semct.prompts import EncoderNotFound
+from semct.public_prompt import LanguageModelError
 
 if __name__ == "__main__":
-    sys.exit(start(EdgeSettings, serve, "edge"))
+    unfit = (ModelNotFound, NoSuchDevice, EncoderNotFound, LanguageModelError)
+    sys.exit(start(EdgeSettings, serve, "edge", unfit=unfit))

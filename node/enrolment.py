@@ -129,8 +129,17 @@ def serve_enrolled(kind: type[Settings], serve: Callable[[Settings], bool], door
         left = assign.run
 
 
-def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal["edge", "device"]) -> int:
-    """A node program's command line: a settings file, or a broker at which to enrol. Returns the exit status."""
+def start(
+    kind: type[Settings],
+    serve: Callable[[Settings], bool],
+    role: Literal["edge", "device"],
+    *,
+    unfit: tuple[type[Exception], ...],
+) -> int:
+    """A node program's command line: a settings file, or a broker at which to enrol. Returns the exit status.
+
+    ``unfit`` is what ``serve`` raises, in one sentence, where this machine lacks what the settings ask for.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {role}_node", description=f"One {role} of a testbed.")
     parser.add_argument("settings", nargs="?", help="a settings file (JSON); without one, the runner assigns a place")
     parser.add_argument("--broker", help="where to enrol: HOST, HOST:PORT or mqtt://HOST:PORT")
@@ -142,10 +151,10 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
     if (arguments.settings is None) == (arguments.broker is None):
         parser.error("give either a settings file or --broker")
     start_logging()
-    if arguments.settings is not None:
-        serve(read_settings(kind, arguments.settings))
-        return 0
     try:
+        if arguments.settings is not None:
+            serve(read_settings(kind, arguments.settings))
+            return 0
         door = make_door(
             arguments.broker,
             role,
@@ -155,6 +164,6 @@ def start(kind: type[Settings], serve: Callable[[Settings], bool], role: Literal
             metrics=arguments.metrics,
         )
         serve_enrolled(kind, serve, door)
-    except (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable) as error:
+    except (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable, *unfit) as error:
         sys.exit(str(error))
     return 0

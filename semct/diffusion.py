@@ -382,14 +382,14 @@ class Denoiser:
 
     @functools.cached_property
     def flops_per_step(self) -> int:
-        """Floating-point operations of one row's step, guidance included, as counted by torch."""
+        """Floating-point operations of one row's step, guidance included: matrices, convolutions, attention."""
         text = self.encode("")  # outside the counter: encoding is not part of a step
         noise = self.noise(0)
         return self._network.flops_of(lambda: self.step([noise], [0], [1], [text]))
 
     @functools.cached_property
     def flops_per_decode(self) -> int:
-        """Floating-point operations of decoding one latent, as counted by torch."""
+        """Floating-point operations of decoding one latent."""
         noise = self.noise(0)
         return self._network.flops_of(lambda: self.decode([noise]))
 

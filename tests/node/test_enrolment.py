@@ -1,6 +1,10 @@
 """What a node is called before it has a place, and its command line."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -37,7 +41,24 @@ def test_a_wrong_command_line_ends_with_one_sentence(
     monkeypatch.setattr(sys, "argv", ["device_node", *arguments])
     monkeypatch.setattr(enrolment, "start_logging", lambda: None)  # it would go on for all tests after this one
     with pytest.raises(SystemExit) as refused:
-        start(NodeSettings, lambda _: True, "device")
+        start(NodeSettings, lambda _: True, "device", unfit=())
     said = f"{capsys.readouterr().err}{refused.value.code}"  # what exits with words prints them then
     assert sentence in said
     assert refused.value.code not in {None, 0}
+
+
+@pytest.mark.parametrize("package", ["device_node", "edge_node"])
+def test_a_node_without_the_model_that_it_is_told_to_hold_says_so_in_one_sentence(tmp_path: Path, package: str) -> None:
+    settings = {"host": "127.0.0.1", "port": 1, "testbed": "t", "name": "n", "models": ["nobody/nothing"]}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", package, str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("diffusion model 'nobody/nothing' cannot be loaded")
+    assert "Traceback" not in done.stderr
