@@ -151,6 +151,7 @@ def start(
     if (arguments.settings is None) == (arguments.broker is None):
         parser.error("give either a settings file or --broker")
     start_logging()
+    said: tuple[type[Exception], ...] = (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable, *unfit)
     try:
         if arguments.settings is not None:
             serve(read_settings(kind, arguments.settings))
@@ -164,6 +165,6 @@ def start(
             metrics=arguments.metrics,
         )
         serve_enrolled(kind, serve, door)
-    except (BadAddress, BadCredentials, BrokerRefused, BrokerUnreachable, *unfit) as error:
+    except said as error:
         sys.exit(str(error))
     return 0

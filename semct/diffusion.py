@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from semct.networks.decoder import TinyDecoder, TinyDecoderConfig
 from semct.networks.flops import FlopCounter
@@ -110,6 +109,13 @@ def _other_parts(source: Path) -> Path:
     """The folder of what a model has beside its transformer: its own, or another one."""
     parts = source / _PARTS
     return source / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of if parts.exists() else source
+
+
+def _left_out(folder: Path) -> dict[str, Any]:
+    """What a pipeline was saved without, such as T5: diffusers wants to be told when it loads it."""
+    index = folder / "model_index.json"
+    parts = msgspec.json.decode(index.read_bytes(), type=dict[str, Any]) if index.exists() else {}
+    return {name: None for name, kind in parts.items() if kind == [None, None]}
 
 
 def _settings(path: Path, kind: type[_Settings]) -> _Settings:
@@ -234,10 +240,12 @@ class _Full:
         return cast("Tensor", self._vae.decode(x, return_dict=False)[0])
 
     def flops_of(self, work: Callable[[], object]) -> int:
-        from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 (slow import)
+        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: PLC0415 (slow import)
 
-        # The counter knows attention's matrices, not all of its fused kernels.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # The one kernel of attention that torch does not count.
+        for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mapping = {for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             work()
         return int(counter.get_total_flops())
 
@@ -314,7 +322,7 @@ class Denoiser:
     @classmethod
     def _load_full(cls, model: str, source: Path, others: Path, device: str, dtype: torch.dtype) -> Self:
         options: dict[str, Any] = {"dtype": dtype, "local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
-        diffusers, own = _diffusers(), {}
+        diffusers, own = _diffusers(), _left_out(others)
         if others != source:
             transformer = diffusers.SD3Transformer2DModel
             own["transformer"] = transformer.from_pretrained(source, subfolder="transformer", **options)
