@@ -246,6 +246,26 @@ def test_a_broken_folder_is_named_in_one_sentence(
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize("broken", ["blocks.safetensors", "config.json", "tokenizer.json"])
+def test_a_broken_packaged_model_is_named_with_what_to_do(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: SentenceEncoder
+) -> None:
+    whole = prepare()
+    folder = tmp_path / "semct" / whole.name
+    folder.mkdir(parents=True)
+    for path in whole.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / broken).unlink()
+    (folder / broken).write_bytes((whole / broken).read_bytes()[:100])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(LanguageModelError) as error:
+        LanguageModelWriter.load("smollm2", encoder)
+    sentence = str(error.value)
+    assert sentence.startswith("The language model 'smollm2' cannot be loaded (")
+    assert sentence.endswith(f"); remove {folder}, and it is made anew.")
+    assert "\n" not in sentence
+
+
 def test_conversion_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
