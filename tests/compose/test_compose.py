@@ -65,6 +65,28 @@ def test_a_scenario_runs_in_containers_and_gives_the_pictures_and_plans_of_a_loc
         assert (run.path / image).read_bytes() == (local.path / image).read_bytes(), image
 
 
+def test_the_image_and_what_a_further_device_takes_are_small() -> None:
+    sizing = [
+        "docker",
+        "run",
+        "--rm",
+        "--user",
+        "root",
+        "semct",
+        "du",
+        "-sx",
+        "--apparent-size",
+        "--block-size=1000000",
+        "/",
+    ]
+    size = subprocess.run(sizing, capture_output=True, text=True, check=True).stdout
+    assert int(size.split()[0]) <= 1600
+    run, _ = up()
+    memory = run.nodes.filter(run.nodes["role"] == "device")["memory_mib"] * (1 << 20) / 1e6
+    assert len(memory) > 0
+    assert 100 < memory.min() <= memory.max() <= 200  # torch alone takes more than 100
+
+
 def test_a_second_up_works_after_all_was_killed() -> None:
     failures: list[BaseException] = []
 
