@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -25,9 +25,10 @@ from node.reporting import Reporter
 from node.settings import NodeSettings
 from semct.cache import LatentCache
 from semct.compute import STANDS_FOR, Native, Processor, processor
+from semct.cost import Backlog
 from semct.diffusion import Denoiser, place
 from semct.energy import find_meter
-from semct.engine import Done, Engine, Job, Totals
+from semct.engine import Done, Engine, Job, Totals, backlog
 from semct.routes import Segment
 
 _MOST = 1024  # requests under way: what is more is refused, or a flood would fill the memory
@@ -36,6 +37,11 @@ _MACHINE = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers
 
 _libc = ctypes.CDLL(None)
 _logger = logging.getLogger(__name__)
+
+
+class _Running(NamedTuple):
+    job: Job
+    done: asyncio.Future[Done]
 
 
 class Worker:
@@ -65,7 +71,8 @@ class Worker:
         self._rows = rows
         self._engine = Engine(denoisers, pace, rows=rows)
         self._waiting: list[Job] = []
-        self._running: dict[str, asyncio.Future[Done]] = {}
+        self._running: dict[str, _Running] = {}
+        self._reached: dict[str, int] = {}
         self._wake = asyncio.Event()
         self._reported = Totals()
 
@@ -105,6 +112,11 @@ class Worker:
         return len(self._running)
 
     @property
+    def backlog(self) -> tuple[Backlog, ...]:
+        """What it has left to do; steps of the call that is being made count still."""
+        return backlog((running.job for running in self._running.values()), self._reached)
+
+    @property
     def latent_bytes(self) -> int:
         """Bytes that an intermediate result takes on the wire."""
         latent = pack(self._main.noise(0), self._latent_dtype, least_bytes=self._pace.latent_bytes)
@@ -118,11 +130,12 @@ class Worker:
             while self._waiting or not self._engine.idle:
                 self._admit()
                 finished = await asyncio.to_thread(self._engine.call)
+                self._reached = self._engine.reached()
                 if reporter is not None and reporter.is_watched:
                     left = {done.job.request: done.job.segments[-1].stop for done in finished}
-                    reporter.report(self._engine.reached(), left)
+                    reporter.report(self._reached, left)
                 for done in finished:
-                    waiter = self._running.pop(done.job.request)
+                    waiter = self._running.pop(done.job.request).done
                     if not waiter.cancelled():
                         waiter.set_result(done)
                 for refused in self._engine.refused():
@@ -156,7 +169,7 @@ class Worker:
             cache=cache,
         )
         waiter: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
-        self._running[work.request] = waiter
+        self._running[work.request] = _Running(job, waiter)
         self._waiting.append(job)
         self._wake.set()
         done = await waiter
@@ -233,7 +246,7 @@ class Worker:
                 self._refuse(job.request, str(error))
 
     def _refuse(self, request: str, reason: str) -> None:
-        waiter = self._running.pop(request)
+        waiter = self._running.pop(request).done
         if not waiter.cancelled():
             waiter.set_exception(ValueError(reason))
 

@@ -42,6 +42,18 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     step_joules: float
 
 
+class Backlog(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has left to do for one cluster of earlier requests.
+
+    ``steps`` are those left, by model, shared ones once; so many ``requests`` wait for them, and ``weight`` is the
+    cluster's in the node's engine: the share that it was planned with.
+    """
+
+    steps: Mapping[str, int]
+    requests: int
+    weight: float = 1.0
+
+
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """What denoising and decoding take on a node, alone: seconds and joules.
 
@@ -49,7 +61,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     Emulated nodes are saturated GPUs: their calls cost nothing beside their rows.
 
     The step is one with the main model, which every node holds; ``others`` are the paces of the other models
-    that it holds, by name.
+    that it holds, by name. ``backlog`` is what it has left to do for requests that came earlier.
     """
 
     step_seconds: float
@@ -61,6 +73,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 8
     kind: Kind = "device"
     others: Mapping[str, Pace] = {}
+    backlog: tuple[Backlog, ...] = ()
 
     def pace(self, model: str) -> Pace:
         """What a row's step with this model takes; the main model's where it is none of the others."""
@@ -85,6 +98,13 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     def full_joules(self) -> float:
         """Energy of a row's step in a full call."""
         return self.call_joules / self.rows + self.step_joules
+
+    def owed_seconds(self, backlog: Backlog) -> float:
+        """Time that what is left for a cluster takes of the whole node, in full calls."""
+        return sum(
+            count * (self.call_seconds / self.rows + self.pace(model).step_seconds)
+            for model, count in backlog.steps.items()
+        )
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,8 +359,9 @@ def edge_seconds(splits: Splits, edge: NodeState) -> Floats:
     stride scheduling approximates with whole rows). So all prompts of a cluster advance alike: a user is through
     after x + y of its cluster's *turns*, whose length depends on how many prompts run. What a cluster does not
     need any more goes to the others: with W_m(u) the work that cluster m has done after u turns, and v =
-    W_m(x + y) / f_m, the time is the sum over clusters k of min(f_k v, A_k) steps. It never exceeds the time
-    A_m / f_m of the paper's model, in which everybody waits for its whole cluster at its bare share.
+    W_m(x + y) / f_m, the time is the sum over clusters k of min(f_k v, A_k) steps, those of the edge's backlog among
+    them, each by its weight and as one prompt. On an edge without a backlog it never exceeds the time A_m / f_m of
+    the paper's model, in which everybody waits for its whole cluster at its bare share.
     """
     turns = int((splits.shared + splits.edge).max(initial=0))
     running = np.zeros((len(splits.share), turns + 1))  # prompts of each cluster in each turn
@@ -349,8 +370,15 @@ def edge_seconds(splits: Splits, edge: NodeState) -> Floats:
     np.add.at(running, (splits.cluster[personal], (splits.shared + splits.edge)[personal]), -1.0)
     running = np.cumsum(running, axis=1) + (np.arange(turns + 1) < splits.longest[:, None])
     done = np.concatenate([np.zeros((len(running), 1)), np.cumsum(running, axis=1)[:, :-1]], axis=1)
-    virtual = done / splits.share[:, None]
-    clock = _clock(virtual, running, splits.share, edge)
+    virtual, share = done / splits.share[:, None], splits.share
+    if edge.backlog:
+        owed = np.array([edge.owed_seconds(b) for b in edge.backlog]) / edge.full_seconds
+        weight = np.array([b.weight for b in edge.backlog])
+        earlier = np.arange(turns + 1) > 0
+        virtual = np.concatenate([virtual, np.where(earlier, (owed / weight)[:, None], 0.0)])
+        running = np.concatenate([running, np.broadcast_to(~earlier, (len(owed), turns + 1))])
+        share = np.concatenate([share, weight])
+    clock = _clock(virtual, running, share, edge)
     return np.asarray(clock[splits.cluster, splits.shared + splits.edge], dtype=np.float64)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from semct.cache import LatentCache, Prefix
 from semct.compute import Cost, Processor
+from semct.cost import Backlog
 from semct.diffusion import Denoiser
 from semct.routes import Prompt, Segment
 
@@ -200,7 +201,7 @@ class Engine:
             level = min((self._passes[g] for g in active), default=0.0)
             self._passes[job.group] = max(level, self._passes.get(job.group, 0.0))
         self._weights[job.group] = job.weight
-        origin: tuple[Hashable, ...] = ("noise", job.seed) if job.latent is None else ("latent", job.request)
+        origin = _origin(job)
         denoiser = self._denoisers[job.segments[0].model]
         start = denoiser.noise(job.seed) if job.latent is None else job.latent
         self._board(_Rider(job), origin, start)
@@ -398,6 +399,37 @@ class Engine:
             flops=t.flops + cost.flops,
             overruns=t.overruns + cost.overrun,
         )
+
+
+def backlog(jobs: Iterable[Job], reached: Mapping[str, int]) -> tuple[Backlog, ...]:
+    """What jobs under way have left to do, by group; ``reached`` is what ``Engine.reached`` says of those taken in.
+
+    Where several ride on one track its steps count once, for the group of the first.
+    """
+    left: dict[Hashable, tuple[Hashable, str, int, int]] = {}  # by track: group, model, present step, last stop
+    groups: dict[Hashable, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[job.group].append(job)
+        origin: Hashable = (_origin(job), job.steps)
+        for s in job.segments:
+            track = (origin, s.start, s.model, s.prompt)
+            group, _, at, stop = left.get(track, (job.group, s.model, s.start, s.start))
+            at = max(at, min(reached.get(job.request, 0), s.stop))
+            left[track] = group, s.model, at, max(stop, s.stop)
+            origin = (track, s.stop)
+    steps: dict[Hashable, Counter[str]] = defaultdict(Counter)
+    for group, model, at, stop in left.values():
+        steps[group][model] += stop - at
+    return tuple(
+        Backlog(steps=dict(+steps[group]), requests=len(members), weight=members[-1].weight)
+        for group, members in groups.items()
+        if steps[group].total()
+    )
+
+
+def _origin(job: Job) -> tuple[Hashable, ...]:
+    """What a job starts from: noise that others of its seed start from, too, or a latent of its own."""
+    return ("noise", job.seed) if job.latent is None else ("latent", job.request)
 
 
 def _follow(segments: Sequence[Segment], steps: int) -> bool:

@@ -23,6 +23,7 @@ import torch
 from semct.cache import LatentCache, Prefix
 from semct.compute import Cost, Processor
 from semct.cost import (
+    Backlog,
     Floats,
     Network,
     NodeState,
@@ -81,14 +82,14 @@ def forecast(
     """Expected content quality, service latency, energy and utility of each request, by its id.
 
     All ask at once. ``planning`` are the seconds from the last request's arrival to the plan, which everybody
-    waits for. Where the plan says what quality its framework expects, that stands; else it is what the curves say
-    of the steps with another prompt than the user's own. Raises ``KeyError`` for a route over a node that the
-    network does not know.
+    waits for, while nodes go on with their backlogs. Where the plan says what quality its framework expects, that
+    stands; else it is what the curves say of the steps with another prompt than the user's own. Raises ``KeyError``
+    for a route over a node that the network does not know.
     """
     size = network.request_bytes
     start = planning + max((network.seconds(r.device, network.edge, size) for r in requests), default=0.0)
     sent = Sent(plan=plan, requests=requests, at=start, asked=dict.fromkeys((r.id for r in requests), 0.0))
-    return replay([sent], network=network, weights=weights, quality=quality)
+    return replay([sent], network=network, weights=weights, quality=quality, since=start - planning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +112,14 @@ def replay(
     weights: Weights,
     quality: QualityModel,
     cache: LatentCache | None = None,
+    since: float = 0.0,
 ) -> dict[str, Prediction]:
-    """What ``forecast`` says, for batches that meet each other.
+    """What ``forecast`` says, for batches that meet each other. Nodes have their backlogs ``since`` then.
 
     ``cache`` is an empty one for what earlier batches leave to later ones, where these are plans over a cache: steps
     are spared once they have been run. Without it, what a plan takes for spared is there at once.
     """
-    found = _Play(batches, network, cache).all()
+    found = _Play(batches, network, cache, since).all()
     predictions = {}
     for batch in batches:
         similarity = {m: phi for c in batch.plan.clusters for m, phi in zip(c.members, c.similarity, strict=True)}
@@ -178,6 +180,17 @@ def _legs(route: Route, spared: int) -> list[_Leg]:
     return [_Leg(node, tuple(segments)) for node, segments in groupby(left, key=lambda s: s.node)]
 
 
+def _left(backlog: Sequence[Backlog]) -> Iterator[Job]:
+    """A backlog as jobs: a cluster's steps in a row for each model."""
+    for number, b in enumerate(backlog):
+        for model, count in b.steps.items():
+            name = f"backlog {number} {model}"
+            segment = Segment(node="", model=model, prompt=name, start=0, stop=count)
+            yield Job(
+                request=name, seed=0, steps=count, segments=(segment,), group=("backlog", number), weight=b.weight
+            )
+
+
 class _NoModel:
     """Stands where the engine has a denoiser, and computes nothing."""
 
@@ -194,11 +207,12 @@ class _NoModel:
 class _Node:
     """A node with an engine, in its own time; it is its engine's processor."""
 
-    def __init__(self, state: NodeState, models: set[str]) -> None:
+    def __init__(self, state: NodeState, models: set[str], since: float) -> None:
         self.state = state
         self.now = 0.0
         self.ways: dict[str, _Way] = {}
-        self._arrivals: list[tuple[float, Job]] = []
+        self._arrivals: list[tuple[float, Job]] = [(since, job) for job in _left(state.backlog)]
+        models = models.union(*(b.steps for b in state.backlog))
         denoisers: dict[str, Any] = {model: _NoModel(model) for model in models}
         self._engine = Engine(denoisers, cast("Processor", self), rows=state.rows, clock=lambda: self.now)
 
@@ -235,7 +249,7 @@ class _Node:
 class _Play:
     """All requests of some plans on their ways through the network."""
 
-    def __init__(self, batches: Sequence[Sent], network: Network, cache: LatentCache | None) -> None:
+    def __init__(self, batches: Sequence[Sent], network: Network, cache: LatentCache | None, since: float) -> None:
         self._network = network
         self._cache = cache
         self._noted: set[Prefix] = set()
@@ -243,7 +257,7 @@ class _Play:
         self._ways.sort(key=lambda way: way.at)
         models = {s.model for way in self._ways for s in way.route.segments}
         visited = {s.node for way in self._ways for s in way.route.segments}
-        self._nodes = {name: _Node(network.nodes[name], models) for name in visited}
+        self._nodes = {name: _Node(network.nodes[name], models, since) for name in visited}
         self._free: dict[tuple[str, str], float] = {}
         self._found: dict[str, tuple[float, float]] = {}
 
@@ -286,6 +300,8 @@ class _Play:
                 self._pass_on(way, self._network.edge, way.at)
                 continue
             for done in node.call():
+                if done.job.request not in node.ways:
+                    continue  # it was backlog
                 way = node.ways.pop(done.job.request)
                 way.joules += done.joules
                 self._pass_on(way, name, done.finished)

@@ -16,6 +16,7 @@ from broker.topics import Topic
 from node.latents import pack, unpack
 from node.worker import Worker, received
 from semct.compute import EMULATED_MODELS, Emulated, Native, Profile
+from semct.cost import Backlog
 from semct.diffusion import Denoiser
 
 STEPS = 6
@@ -76,6 +77,29 @@ async def test_its_stages_say_what_it_did(worker: Worker, tiny: Denoiser) -> Non
     spent = worker.spent("1")
     assert (spent.rows, spent.denoiser_calls, spent.flops) == (4, 4, denoise.flops)
     assert worker.spent("1").rows == 0  # since the last report
+
+
+async def test_its_backlog_is_what_it_has_been_given_and_not_done(worker: Worker, tiny: Denoiser) -> None:
+    assert worker.backlog == ()
+    carried = [
+        asyncio.create_task(
+            worker.carry(
+                work(leg(tiny, 0, 4, prompt="public"), leg(tiny, 4, 6, prompt=prompt), request=prompt),
+                group="cluster",
+                weight=0.5,
+            )
+        )
+        for prompt in ("a cat", "a dog")
+    ]
+    await asyncio.sleep(0)
+    assert worker.backlog == (Backlog(steps={tiny.name: 4 + 2 * 2}, requests=2, weight=0.5),)
+    left = []
+    while not all(task.done() for task in carried):
+        left.append(sum(b.steps[tiny.name] for b in worker.backlog))
+        await asyncio.sleep(0.001)
+    assert left == sorted(left, reverse=True)
+    assert len(set(left)) > 2
+    assert worker.backlog == ()
 
 
 async def test_work_for_others_passes_through_untouched(worker: Worker, tiny: Denoiser) -> None:

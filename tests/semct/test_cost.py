@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semct.cost import (
+    Backlog,
     Link,
     Network,
     NodeState,
@@ -214,6 +215,32 @@ def test_the_closed_form_is_what_the_engine_does(made: tuple[Plan, tuple[Request
     assert {p.quality for p in found.values()} == {0.9}
     # The last to leave does so when all work is done, whatever the order.
     assert edge_seconds(splits, edge).max() == pytest.approx(splits.work.sum() * edge.step_seconds)
+
+
+backlogs = st.builds(
+    Backlog,
+    steps=st.integers(1, 100).map(lambda n: {"m": n}),
+    requests=st.integers(1, 5),
+    weight=st.floats(0.2, 1),
+)
+
+
+@settings(max_examples=40)
+@given(batches(), st.lists(backlogs, min_size=1, max_size=3))
+def test_an_edge_with_a_backlog_does_what_the_closed_form_says(
+    made: tuple[Plan, tuple[Request, ...], Network], backlog: list[Backlog]
+) -> None:
+    plan, requests, network = made
+    edge = msgspec.structs.replace(network.nodes["edge"], backlog=tuple(backlog))
+    network = msgspec.structs.replace(network, nodes={**network.nodes, "edge": edge})
+    splits = Splits.of(plan, "edge")
+    expected = serve(Users.of(network, [r.device for r in requests]), splits, edge, QUALITY.quality(0.5, splits.shared))
+    found = forecast(plan, requests, network=network, weights=Weights(), quality=QUALITY)
+    off = np.abs(np.array([found[r.id].latency for r in requests]) - expected.latency)
+    turn = (edge.rows + len(requests) + len(backlog)) * edge.step_seconds
+    assert off.max() <= 3 * turn
+    assert np.median(off) <= turn
+    assert [found[r.id].energy for r in requests] == pytest.approx(expected.energy)
 
 
 @settings(max_examples=60)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semct.compute import Cost, Native
+from semct.cost import Backlog
 from semct.diffusion import Conditioning, Denoiser
-from semct.engine import Done, Engine, Job
+from semct.engine import Done, Engine, Job, backlog
 from semct.routes import Route, Segment, steps_by_node
 
 STEPS = 8
@@ -57,6 +58,45 @@ def finish(engine: Engine) -> list[Done]:
             return done
         done += engine.call()
     raise AssertionError("the engine never came to rest")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    routes=st.lists(
+        st.tuples(st.sampled_from(["p", "q"]), st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=6
+    ),
+    rows=st.integers(1, 4),
+)
+def test_the_backlog_is_what_is_run_from_then_on(tiny: Denoiser, routes: list[tuple[str, int, int]], rows: int) -> None:
+    engine = Engine({tiny.name: tiny}, Counting(), rows=rows)
+    jobs = [
+        job(tiny, f"r{i}", (public, x), (f"personal {i}", y), group=public) for i, (public, x, y) in enumerate(routes)
+    ]
+    jobs = [Job(**{**{f: getattr(j, f) for f in j.__struct_fields__}, "segments": _solid(j)}) for j in jobs]
+    seen = [(0, backlog(jobs, {}))]
+    for each in jobs:
+        engine.submit(each)
+    under_way = {j.request: j for j in jobs}
+    while not engine.idle:
+        for done in engine.call():
+            del under_way[done.job.request]
+        seen.append((engine.totals.rows, backlog(under_way.values(), engine.reached())))
+    for rows_so_far, left in seen:
+        assert sum(b.steps[tiny.name] for b in left) == engine.totals.rows - rows_so_far
+    assert sum(b.requests for b in seen[0][1]) == len(jobs)
+    assert seen[-1][1] == ()
+
+
+def test_the_backlog_is_told_by_group(tiny: Denoiser) -> None:
+    jobs = [
+        job(tiny, "r1", ("public", 3), ("a cat", 2), group=1, weight=0.7),
+        job(tiny, "r2", ("public", 4), ("a dog", 1), group=1, weight=0.7),
+        job(tiny, "r3", ("a tree", 5), group=2, weight=0.3),
+    ]
+    assert backlog(jobs, {"r1": 3, "r2": 3, "r3": 4}) == (
+        Backlog(steps={tiny.name: 1 + 2 + 1}, requests=2, weight=0.7),
+        Backlog(steps={tiny.name: 1}, requests=1, weight=0.3),
+    )
 
 
 def test_a_shared_segment_runs_once_and_each_takes_its_split(tiny: Denoiser) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from semct.cache import CacheSettings, LatentCache
-from semct.cost import Link, Network, NodeState, Weights, device_only
+from semct.cost import Backlog, Link, Network, NodeState, Weights, device_only
 from semct.forecast import Sent, forecast, replay
 from semct.quality import load_quality_model
 from semct.routes import Cluster, Plan, Prediction, Request, Route, route
@@ -90,6 +90,16 @@ def test_rows_of_a_call_share_its_fixed_time() -> None:
     found = forecast(plan, REQUESTS, network=network, weights=Weights(), quality=QUALITY)
     assert {round(p.latency, 6) for p in found.values()} == {round(ASKING + 10 * 0.11 + LATENT_DOWN + 0.25, 6)}
     assert {round(p.energy, 6) for p in found.values()} == {round(0.2 + 10 * 5.5 + 0.5 + 3, 6)}
+
+
+@pytest.mark.parametrize(("steps", "planning", "more"), [(4, 0.0, 0.4), (20, 0.0, 1.0), (10, 2.0, 0.0)])
+def test_a_busy_node_shares_itself_while_it_has_other_work(steps: int, planning: float, more: float) -> None:
+    """Half of it for each of two clusters of equal weight; what it has done by the time of the plan delays nobody."""
+    edge = msgspec.structs.replace(EDGE, backlog=(Backlog(steps={"m": steps}, requests=1),))
+    network = msgspec.structs.replace(NETWORK, nodes={**NETWORK.nodes, "edge": edge})
+    plan = Plan(clusters=(), routes=(walk(1, ("edge", ".", 10)),))
+    found = forecast(plan, REQUESTS[:1], network=network, weights=Weights(), quality=QUALITY, planning=planning)["r1"]
+    assert found.latency == pytest.approx(ASKING + planning + 10 * 0.1 + more + LATENT_DOWN + 0.25)
 
 
 @pytest.mark.parametrize(("spared", "left"), [(0, 6 + 2), (4, 2 + 2), (6, 2), (8, 0)])
