@@ -2,7 +2,8 @@
 
 With the best shares (see ``shares``) clusters with work A_m cost sum_m L_m + (sum_m r_m)^2, r_m = sqrt(weight_m A_m
 step): L_m is what the cluster's splits lose, the square what its time at the edge costs. Clusters meet in one number
-only, S = sum_m r_m. Since S^2 >= 2 s S - s^2 for every s,
+only, S = sum_m r_m, in which earlier clusters that are on the edge already have a fixed part. Since S^2 >= 2 s S - s^2
+for every s,
 
     D(s) = sum_m min over the cluster's choices of (L + 2 s r) - s^2
 
@@ -40,11 +41,15 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
         return max(0.0, self.cost - self.bound)
 
 
-def choose(losses: Sequence[Floats], roots: Sequence[Floats]) -> Choice:
+def choose(losses: Sequence[Floats], roots: Sequence[Floats], *, owed: float = 0.0) -> Choice:
     """The choice of least sum of losses plus squared sum of roots, one point of each cluster.
 
-    ``losses`` and ``roots`` (points,) describe the points of each cluster.
+    ``losses`` and ``roots`` (points,) describe the points of each cluster. ``owed`` is a root that is in the sum
+    whatever is chosen; its own square is no part of the cost.
     """
+    if owed > 0:
+        chosen = choose([*losses, np.zeros(1)], [*roots, np.array([owed])])
+        return Choice(points=chosen.points[:-1], cost=chosen.cost - owed**2, bound=chosen.bound - owed**2)
     table = _Table(losses, roots)
     price = table.best_price()
     found = min((table.improved(p) for p in table.candidates(price)), key=table.cost)

@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from semct.cost import Floats, Ints, Network, Users, Weights
+from semct.planner.shares import owed_root
 from semct.planner.splits import Prices, price
 from semct.quality import QualityModel
 from semct.routes import Request
@@ -73,13 +74,14 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     """Users in clusters in batches, flat over all users: what agents decide on.
 
     ``cluster`` (users,) and ``batch`` (clusters,) are indices; ``step`` (batches,) are the seconds of a row's step on
-    each batch's edge.
+    each batch's edge, ``owed`` (batches,) the sum of the roots of earlier clusters there (``shares.owed_root``).
     """
 
     prices: Prices
     cluster: Ints
     batch: Ints
     step: Floats
+    owed: Floats
 
     @property
     def users(self) -> int:
@@ -101,7 +103,8 @@ class Others(msgspec.Struct, frozen=True, kw_only=True):
     """What the decisions of all others leave to each user, arrays (users,).
 
     ``longest`` is max x of its cluster and ``work`` the cluster's edge work, both without the user; ``elsewhere`` the
-    sum of the other clusters' roots, ``weight`` what turns the cluster's work into the square of its root.
+    sum of the other clusters' roots, earlier ones among them, ``weight`` what turns the cluster's work into the square
+    of its root.
     """
 
     longest: Ints
@@ -119,12 +122,16 @@ class Others(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cost(field: Field, shared: Ints, edge: Ints) -> Floats:
-    """What decisions cost each batch (batches,) with the best shares for them, in units of utility over its users."""
+    """What decisions cost each batch (batches,) with the best shares for them, in units of utility over its users.
+
+    On an edge with a backlog what its requests wait longer counts, too.
+    """
     longest, _ = _longest(shared, field.cluster, len(field.batch))
     work = longest + field.per_cluster(edge)
     root = np.sqrt(field.per_cluster(field.prices.second) * field.step[field.batch] * work)
     joules = field.per_cluster(field.prices.edge) / field.per_cluster(np.ones(field.users))
-    return field.per_batch(field.per_cluster(own(field, shared, edge)) + joules * longest) + field.per_batch(root) ** 2
+    waiting = (field.per_batch(root) + field.owed) ** 2 - field.owed**2
+    return field.per_batch(field.per_cluster(own(field, shared, edge)) + joules * longest) + waiting
 
 
 def own(field: Field, shared: Ints, edge: Ints) -> Floats:
@@ -148,7 +155,7 @@ def others(field: Field, shared: Ints, edge: Ints) -> Others:
     return Others(
         longest=without,
         work=np.maximum(work[mine] - edge - (longest[mine] - without), 0.0),
-        elsewhere=np.maximum(field.per_batch(root)[field.batch[mine]] - root[mine], 0.0),
+        elsewhere=np.maximum((field.per_batch(root) + field.owed)[field.batch[mine]] - root[mine], 0.0),
         weight=weight[mine],
         joules=joules[mine],
     )
@@ -351,4 +358,5 @@ def field_of(
         cluster=np.repeat(np.arange(len(groups)), [len(g) for g in groups]),
         batch=np.zeros(len(groups), dtype=np.int64),
         step=np.array([edge.full_seconds]),
+        owed=np.array([owed_root(edge, float(prices.second.mean()))]),
     )

@@ -99,6 +99,7 @@ def draw(rng: np.random.Generator, qualities: Sequence[QualityModel], batches: i
         cluster=flat.ravel(),
         batch=np.repeat(np.arange(batches), clusters),
         step=np.full(batches, edge.full_seconds),
+        owed=np.zeros(batches),
     )
 
 
@@ -144,7 +145,7 @@ def exact(field: Field) -> Floats:
                 joules=float(field.prices.edge[members].mean()),
             )
         )
-    return np.array([solve(t).cost for t in tables])
+    return np.array([solve(t, owed=owed).cost for t, owed in zip(tables, field.owed.tolist(), strict=True)])
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
+
+from semct.cost import NodeState
 
 _LEAST = 1e-6  # of the edge: a cluster without work there keeps a sliver, so that a late step can run
 
@@ -29,3 +33,14 @@ def shares(work: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np
     least = min(_LEAST, 1 / len(work))
     floored = np.maximum(root / root.sum(), least)
     return np.asarray(floored / floored.sum(), dtype=np.float64)
+
+
+def owed_root(edge: NodeState, second: float) -> float:
+    """R = sum_j sqrt(c_j) over the clusters j of an edge's backlog, where a second costs each user ``second``.
+
+    c_j = N_j second B_j as above: B_j are the seconds of the whole edge that cluster j has left, for N_j users. Their
+    splits are made, but they share the edge with the new clusters. By the same closed form these have
+    f_m = sqrt(c_m) / (R + sum_k sqrt(c_k)) of it, and all together cost (R + sum_m sqrt(c_m))^2. In it is the product
+    2 R sum_m sqrt(c_m), half of it what new clusters wait for earlier ones, half what these wait for them.
+    """
+    return sum(math.sqrt(b.requests * second * edge.owed_seconds(b)) for b in edge.backlog)

@@ -260,11 +260,14 @@ def best_plan(
     quality: QualityModel,
     most_shared: int,
 ) -> Plan:
-    """The plan of highest predicted utility of those with the best stops, for several numbers of waiting requests."""
+    """The plan of highest predicted utility of those with the best stops, for several numbers of waiting requests.
+
+    To these come the requests of the edge's backlog, twice: a step delays them all, and they delay it by as much.
+    """
     found = []
-    waiting = len(requests)
+    waiting, earlier = len(requests), sum(b.requests for b in network.nodes[network.edge].backlog)
     while waiting:
-        price = prices(requests, network=network, weights=weights, quality=quality, waiting=waiting)
+        price = prices(requests, network=network, weights=weights, quality=quality, waiting=waiting + 2 * earlier)
         stops = best_stops(tree, price, quality, most_shared)
         found.append(_tried(requests, tree, stops, price.edge, network=network, weights=weights, quality=quality))
         waiting //= 4

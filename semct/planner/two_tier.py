@@ -11,7 +11,7 @@ from semct.cost import Floats, Network, Splits, Weights
 from semct.forecast import expect
 from semct.planner.coupling import choose
 from semct.planner.learned import Field, Policy, cost, field_of
-from semct.planner.shares import shares
+from semct.planner.shares import owed_root, shares
 from semct.planner.splits import Costs, Frontier, Split, costs
 from semct.public_prompt import PublicPrompt
 from semct.quality import QualityModel
@@ -22,7 +22,8 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
     """The splits and the share (clusters,) of each cluster, what they cost, and a proven bound that nothing is below.
 
     Costs are the users' utilities, added up, with the sign turned; times at the edge by the paper's model, in which
-    a user waits for all of its cluster's edge work at its cluster's bare share.
+    a user waits for all of its cluster's edge work at its cluster's bare share. On an edge with a backlog they hold
+    what its requests wait longer, too.
     """
 
     splits: list[list[Split]]
@@ -80,7 +81,8 @@ def plan(
             sharing=sharing,
             own=own,
         )
-        solution = solve(tables, uniform=uniform)
+        second = sum(t.second for t in tables) / max(1, len(requests))
+        solution = solve(tables, owed=owed_root(network.nodes[network.edge], second), uniform=uniform)
     made = lay_out(requests, groups, public, similarity, solution, model=model, edge=network.edge)
     taken = arrays(groups, solution, len(requests))
     phi, parts = np.empty((2, len(requests)))
@@ -90,11 +92,14 @@ def plan(
     return msgspec.structs.replace(made, predictions=predictions)
 
 
-def solve(tables: Sequence[Costs], *, uniform: bool = False) -> Solution:
-    """Splits and shares of least total cost: the best point of each cluster's frontier, with the shares for it."""
+def solve(tables: Sequence[Costs], *, owed: float = 0.0, uniform: bool = False) -> Solution:
+    """Splits and shares of least total cost: the best point of each cluster's frontier, with the shares for it.
+
+    ``owed`` is the sum of the roots of earlier clusters, which are on the edge already (see ``shares.owed_root``).
+    """
     frontiers = [Frontier(t, uniform=uniform) for t in tables]
     roots = [np.sqrt(t.second * t.step * f.work) for t, f in zip(tables, frontiers, strict=True)]
-    chosen = choose([f.least for f in frontiers], roots)
+    chosen = choose([f.least for f in frontiers], roots, owed=owed)
     points = chosen.points.tolist()
     seconds = np.array([f.work[p] * t.step for f, t, p in zip(frontiers, tables, points, strict=True)])
     return Solution(

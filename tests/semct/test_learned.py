@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from semct.cost import Link, Network, NodeState, Weights
+from semct.cost import Backlog, Link, Network, NodeState, Weights
 from semct.planner import two_tier
 from semct.planner.learned import (
     LEVELS,
@@ -51,6 +51,7 @@ def anything(rng: np.random.Generator, field: Field) -> tuple[np.ndarray, np.nda
 @given(st.integers(0, 10_000))
 def test_an_agent_earns_what_its_split_changes_for_all(seed: int) -> None:
     rng, field = drawn(seed, batches=1)
+    field = msgspec.structs.replace(field, owed=rng.uniform(0, 2, 1))
     x, y = anything(rng, field)
     n = int(rng.integers(field.users))
     without = (x.copy(), y.copy())
@@ -65,6 +66,7 @@ def test_an_agent_earns_what_its_split_changes_for_all(seed: int) -> None:
 @given(st.integers(0, 10_000))
 def test_no_decision_beats_the_exact_planner(seed: int) -> None:
     rng, field = drawn(seed)
+    field = msgspec.structs.replace(field, owed=rng.choice([0.0, 1.0], len(field.step)))
     least = exact(field)
     for decided in (anything(rng, field), (most_shared(field), np.zeros(field.users, dtype=np.int64))):
         assert (least <= cost(field, *decided) + 1e-9).all()
@@ -158,6 +160,25 @@ def batch(users: int = 6) -> tuple[tuple[Request, ...], list[tuple[int, ...]], l
     requests = tuple(Request(id=n, device=n, prompt=f"wish of {n}", seed=1, steps=28) for n in names)
     groups = [tuple(range(users // 2)), tuple(range(users // 2, users))]
     return requests, groups, [np.full(len(g), 0.7) for g in groups], network
+
+
+def test_the_agents_leave_a_busy_edge_alone() -> None:
+    requests, groups, similarity, network = batch()
+    work = []
+    for count in (0, 100_000):
+        busy = msgspec.structs.replace(network.nodes["edge"], backlog=(Backlog(steps={"m": count}, requests=10),))
+        field = field_of(
+            requests,
+            groups,
+            similarity,
+            network=msgspec.structs.replace(network, nodes={**network.nodes, "edge": busy}),
+            weights=Weights(),
+            quality=QUALITIES[0],
+            most_shared=13,
+        )
+        shared, edge = Policy.load().decide(field)
+        work.append(int((shared + edge).sum()))
+    assert work[0] > 0 == work[1]
 
 
 @pytest.mark.parametrize("sharing", [True, False])

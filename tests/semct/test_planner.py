@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from semct.cost import Link, Network, NodeState, Weights
+from semct.cost import Backlog, Link, Network, NodeState, Weights
 from semct.planner import coupling, two_tier
 from semct.planner.coupling import choose
 from semct.planner.shares import shares
 from semct.planner.splits import Costs, Frontier, Split, corners, costs
 from semct.public_prompt import PublicPrompt
 from semct.quality import load_quality_model
-from semct.routes import Plan, Request, shared_steps
+from semct.routes import Plan, Request, shared_steps, steps_by_node
 
 QUALITY = load_quality_model("sd3-medium")
 STEPS = 28
@@ -269,15 +269,17 @@ points = st.lists(st.tuples(st.floats(-2, 2), st.floats(0, 2)), min_size=1, max_
 
 
 @settings(max_examples=200)
-@given(st.lists(points, min_size=1, max_size=5))
-def test_one_choice_per_cluster_is_the_best_of_all(clusters: list[list[tuple[float, float]]]) -> None:
+@given(st.lists(points, min_size=1, max_size=5), st.just(0.0) | st.floats(0, 3))
+def test_one_choice_per_cluster_is_the_best_of_all(clusters: list[list[tuple[float, float]]], owed: float) -> None:
     losses, roots = ([np.array([p[i] for p in c]) for c in clusters] for i in (0, 1))
-    chosen = choose(losses, roots)
-    every = itertools.product(*clusters)
-    best = min(sum(loss for loss, _ in picked) + sum(root for _, root in picked) ** 2 for picked in every)
-    assert chosen.cost == pytest.approx(best, abs=1e-9)
+
+    def cost(picked: Sequence[tuple[float, float]]) -> float:
+        return sum(loss for loss, _ in picked) + (owed + sum(root for _, root in picked)) ** 2 - owed**2
+
+    chosen = choose(losses, roots, owed=owed)
+    assert chosen.cost == pytest.approx(min(map(cost, itertools.product(*clusters))), abs=1e-9)
     picked = [c[p] for c, p in zip(clusters, chosen.points.tolist(), strict=True)]
-    assert chosen.cost == pytest.approx(sum(loss for loss, _ in picked) + sum(root for _, root in picked) ** 2)
+    assert chosen.cost == pytest.approx(cost(picked), abs=1e-9)
     assert chosen.gap <= 1e-9
 
 
@@ -361,6 +363,80 @@ def test_two_hundred_plans_are_the_best_of_all(uniform: bool) -> None:
         assert best - 1e-9 <= found <= best + 1e-3 * abs(best), seed
         assert plan.gap is not None
         assert plan.gap <= 1e-9
+
+
+def busy(asked: Situation, *backlog: Backlog) -> Situation:
+    """The same on an edge that has so much left to do."""
+    edge = msgspec.structs.replace(asked.network.nodes["edge"], backlog=backlog)
+    network = msgspec.structs.replace(asked.network, nodes={**asked.network.nodes, "edge": edge})
+    return msgspec.structs.replace(asked, network=network)
+
+
+def best_shares(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of clusters whose seconds at the whole edge cost so much, without the sliver that idle ones keep."""
+    return np.sqrt(costs) / max(np.sqrt(costs).sum(), 1e-12)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_two_hundred_plans_on_a_busy_edge_are_the_best_of_all(uniform: bool) -> None:
+    """Against enumeration, earlier clusters taking part in the shares and in what everybody waits."""
+    moved = 0
+    for seed in range(200):
+        rng, idle = np.random.default_rng(seed), small(seed)
+        earlier = [
+            Backlog(steps={"m": int(rng.integers(1, 30))}, requests=int(rng.integers(1, 4)), weight=0.5)
+            for _ in range(rng.integers(1, 4))
+        ]
+        asked = busy(idle, *earlier)
+        made = asked.tables()
+        second = sum(t.second for t in made) / len(asked.requests)
+        owed = [b.requests * second * b.steps["m"] * asked.network.nodes["edge"].step_seconds for b in earlier]
+
+        def cost(
+            splits: Sequence[Sequence[Split]], made: list[Costs] = made, owed: list[float] = owed
+        ) -> tuple[float, NDArray[np.float64]]:
+            """What all lose, and the new clusters' shares: each user waits for its cluster's work at its share."""
+            work = np.array(
+                [*(work_of(s) * t.step * t.second for t, s in zip(made, splits, strict=True)), *owed], dtype=np.float64
+            )
+            share = best_shares(work)
+            waited = float((work[work > 0] / share[work > 0]).sum())
+            return sum(own_cost(t, s) for t, s in zip(made, splits, strict=True)) + waited, share[: len(made)]
+
+        cheapest: list[dict[int, list[Split]]] = []
+        for table in made:  # of splits with the same work only the cheapest can be best
+            best_of: dict[int, list[Split]] = {}
+            for splits in every_choice(table, uniform=uniform):
+                here = best_of.get(work_of(splits))
+                if here is None or own_cost(table, splits) < own_cost(table, here):
+                    best_of[work_of(splits)] = splits
+            cheapest.append(best_of)
+        best = min(cost(picked)[0] for picked in itertools.product(*(c.values() for c in cheapest)))
+        plan = asked.plan(uniform=uniform)
+        found, share = cost([[split_of(plan, m) for m in c.members] for c in plan.clusters])
+        assert found == pytest.approx(best, abs=1e-9), seed
+        assert plan.gap is not None
+        assert plan.gap <= 1e-9
+        if share.sum() > 0:
+            assert [c.share for c in plan.clusters] == pytest.approx((share / share.sum()).tolist(), abs=1e-5)
+        moved += plan.routes != idle.plan(uniform=uniform).routes
+    assert moved > 50
+
+
+def test_nothing_left_to_do_changes_nothing() -> None:
+    for seed in range(20):
+        asked = small(seed)
+        plan, other = asked.plan(), busy(asked, Backlog(steps={}, requests=3)).plan()
+        assert (plan.routes, plan.clusters, plan.gap) == (other.routes, other.clusters, other.gap)
+
+
+def test_the_more_is_left_to_do_the_more_stays_on_the_devices() -> None:
+    asked = situation(A100, [RTX] * 8, sizes=[4, 4], similarity=0.7)
+    plans = [busy(asked, Backlog(steps={"m": n}, requests=4)).plan() for n in (0, 20, 100, 400, 10_000)]
+    work = [steps_by_node(p.routes).get("edge", 0) for p in plans]
+    assert work[0] > 0 == work[-1]
+    assert work == sorted(work, reverse=True)
+    assert len(set(work)) > 2
 
 
 @settings(max_examples=40)

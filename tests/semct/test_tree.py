@@ -2,6 +2,7 @@
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from semct.clustering import Dendrogram, dendrogram
-from semct.cost import Link, Network, NodeState, Weights
+from semct.cost import Backlog, Link, Network, NodeState, Weights
 from semct.planner import tree
 from semct.planner.tree import Prices, PromptTree
 from semct.quality import load_quality_model
@@ -198,3 +199,22 @@ def test_the_root_keeps_its_bound_and_different_wishes_end_with_steps_of_their_o
         assert (
             mean[longest] <= tree.lost(QUALITY, prompts.similarity[-1], prompts.own[-1], STEPS).mean(axis=0)[13] + 1e-9
         )
+
+
+def test_a_tree_leaves_a_busy_edge_alone() -> None:
+    prompts, asked = grown(3, 8), requests(8)
+    work = []
+    for steps in (0, 10_000):
+        net = network(8)
+        busy = msgspec.structs.replace(net.nodes["edge"], backlog=(Backlog(steps={"m": steps}, requests=steps // 100),))
+        plan = tree.best_plan(
+            asked,
+            prompts,
+            model="m",
+            network=msgspec.structs.replace(net, nodes={**net.nodes, "edge": busy}),
+            weights=Weights(),
+            quality=QUALITY,
+            most_shared=13,
+        )
+        work.append(steps_by_node(plan.routes).get("edge", 0))
+    assert work[0] > 0 == work[1]
