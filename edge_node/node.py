@@ -217,11 +217,12 @@ class EdgeNode:
         self, session: Session, tasks: asyncio.TaskGroup, gathering: _Gathering, batch: dict[str, Incoming], number: int
     ) -> None:
         """Plan the ``number``-th batch of a round, and send every request on its way."""
-        planning, order = time.time(), gathering.order
+        await asyncio.sleep(0)  # the worker takes in what was planned last
+        planning, order, backlog = time.time(), gathering.order, self._worker.backlog
         messages = [i.message for i in batch.values() if isinstance(i.message, Request)]
         topic = session.topics.own(self._settings.name, "planned")
         try:
-            plan, seconds = await asyncio.to_thread(self._planner.plan, order, messages)
+            plan, seconds = await asyncio.to_thread(self._planner.plan, order, messages, backlog=backlog)
             legs = {route.request: _legs(route) for route in plan.routes}
         except Exception as error:
             _logger.exception("round %s cannot be planned", order.round)
@@ -246,6 +247,7 @@ class EdgeNode:
             began=planning,
             seconds=time.time() - planning,
             parts=seconds,
+            backlog=backlog,
         )
         gathering.departures.append(departure)
         tasks.create_task(self._announce(session, order, departure))
@@ -264,7 +266,12 @@ class EdgeNode:
         plan = departure.plan
         try:
             plan = await asyncio.to_thread(
-                self._planner.forecast, order, departure.asked, plan, planning=departure.seconds
+                self._planner.forecast,
+                order,
+                departure.asked,
+                plan,
+                planning=departure.seconds,
+                backlog=departure.backlog,
             )
         except Exception:  # the requests are served all the same
             _logger.exception("round %s: the plan of %s cannot be forecast", order.round, order.framework)

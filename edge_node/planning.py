@@ -14,7 +14,7 @@ from broker import messages
 from semct import frameworks
 from semct.cache import CacheSettings, LatentCache
 from semct.clustering import Number
-from semct.cost import Kind, Link, Network, NodeState, Pace, Weights
+from semct.cost import Backlog, Kind, Link, Network, NodeState, Pace, Weights
 from semct.forecast import Sent, replay
 from semct.planner.learned import Policy
 from semct.prompts import SentenceEncoder
@@ -33,7 +33,8 @@ class NodeLinks(msgspec.Struct, frozen=True, kw_only=True):
 class Departure(NamedTuple):
     """A batch whose work has left the edge: what was ``asked``, when it was ``received``, and its plan.
 
-    Planning ``began`` then and took so many ``seconds``, all by the edge's clock; ``parts`` say on what.
+    Planning ``began`` then and took so many ``seconds``, all by the edge's clock; ``parts`` say on what. When it began,
+    the edge had that ``backlog``.
     """
 
     asked: Sequence[messages.Request]
@@ -42,6 +43,7 @@ class Departure(NamedTuple):
     began: float
     seconds: float
     parts: dict[str, float]
+    backlog: tuple[Backlog, ...]
 
 
 class Planner:
@@ -109,8 +111,12 @@ class Planner:
         used = counts.hits or counts.misses
         return msgspec.convert(counts, messages.CacheCounts, from_attributes=True) if used else None
 
-    def plan(self, order: messages.Round, asked: Sequence[messages.Request]) -> tuple[Plan, dict[str, float]]:
+    def plan(
+        self, order: messages.Round, asked: Sequence[messages.Request], *, backlog: tuple[Backlog, ...] = ()
+    ) -> tuple[Plan, dict[str, float]]:
         """The plan for these requests, and the wall seconds of each part of planning and in total.
+
+        ``backlog`` is what the edge has left to do for earlier ones.
 
         Raises what the framework raises, and ``ValueError`` for a request of a device that never announced
         itself or a plan that does not lead each request over nodes that are there.
@@ -123,16 +129,25 @@ class Planner:
             clouds=sum(n.kind == "cloud" for n in self._nodes.values()),
             small=self._small_model in self._nodes[self._edge].others,
         )
-        batch = self._batch(order, asked)
+        batch = self._batch(order, asked, backlog)
         plan = moved(frameworks.load(order.framework)(batch), self._thin, self._edge)
         self._check(plan, batch.requests)
         return plan, {**batch.seconds, "total": time.perf_counter() - start}
 
     def forecast(
-        self, order: messages.Round, asked: Sequence[messages.Request], plan: Plan, *, planning: float
+        self,
+        order: messages.Round,
+        asked: Sequence[messages.Request],
+        plan: Plan,
+        *,
+        planning: float,
+        backlog: tuple[Backlog, ...] = (),
     ) -> Plan:
-        """The plan for these requests, after so many seconds of planning, with what is expected of it by itself."""
-        return self._batch(order, asked).forecast(plan, planning=planning)
+        """The plan for these requests, after so many seconds of planning, with what is expected of it.
+
+        ``backlog`` is what the edge had left to do when planning began; what comes later is not known.
+        """
+        return self._batch(order, asked, backlog).forecast(plan, planning=planning)
 
     def replay(self, order: messages.Round, departures: Sequence[Departure], *, slowdown: float) -> list[Plan]:
         """The plans of a round with what is expected of them where they meet each other, at the times they left at.
@@ -164,7 +179,9 @@ class Planner:
             for d in departures
         ]
 
-    def _batch(self, order: messages.Round, asked: Sequence[messages.Request]) -> frameworks.Batch:
+    def _batch(
+        self, order: messages.Round, asked: Sequence[messages.Request], backlog: tuple[Backlog, ...] = ()
+    ) -> frameworks.Batch:
         requests = tuple(
             Request(id=r.request, device=r.reply, prompt=r.prompt, seed=r.seed, steps=r.steps)
             for r in sorted(asked, key=lambda r: r.request)
@@ -179,7 +196,7 @@ class Planner:
             requests=requests,
             network=Network(
                 edge=self._edge,
-                nodes=self._nodes,
+                nodes=self._nodes | {self._edge: msgspec.structs.replace(self._nodes[self._edge], backlog=backlog)},
                 uplinks={name: links.up for name, links in linked.items()},
                 downlinks={name: links.down for name, links in linked.items()},
                 latent_bytes=self._latent_bytes,

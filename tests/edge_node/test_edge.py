@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -37,7 +38,7 @@ from node.worker import Worker
 from semct import frameworks
 from semct.cache import CacheSettings
 from semct.compute import Emulated, EmulatedModel, Profile
-from semct.cost import Weights
+from semct.cost import Backlog, Weights
 from semct.diffusion import Denoiser
 from semct.prompts import load_sentence_encoder
 from semct.public_prompt import MedoidWriter
@@ -245,6 +246,32 @@ async def test_requests_of_later_windows_make_later_batches(cell: Cell) -> None:
     plans = [msgspec.msgpack.decode(p.plan, type=Plan) for p in await cell.ear.until(Planned, 2)]
     assert [r.request for r in plans[0].routes] == ["r0"]
     assert sorted(r.request for p in plans[1:] for r in p.routes) == ["r1", "r2"]
+
+
+async def test_a_later_window_is_planned_on_what_earlier_ones_left_to_do(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second request comes while the first is planned, and its turn is as soon as that is over."""
+    planning, may_go_on, seen = threading.Event(), threading.Event(), []
+
+    def watch(batch: frameworks.Batch) -> Plan:
+        seen.append(batch.network.nodes["edge"].backlog)
+        planning.set()
+        may_go_on.wait(20)
+        return frameworks.load("edge-only")(batch)
+
+    monkeypatch.setitem(frameworks._registered, "watching", watch)
+    await cell.order("watching", requests=2, window=0.05)
+    await cell.ask(0)
+    await asyncio.to_thread(planning.wait, 20)
+    await cell.ask(1)
+    await cell.ear.until(Request, 2)
+    await asyncio.sleep(0.2)
+    may_go_on.set()
+    await cell.ear.until(Result, 2)
+    first, second = seen
+    assert first == ()
+    assert second == (Backlog(steps={cell.denoiser.name: STEPS}, requests=1),)
 
 
 def crash(batch: frameworks.Batch) -> Plan:
