@@ -3,7 +3,7 @@
 import sys
 
 from edge_node.node import EdgeSettings
-from edge_node.process import serve
+from edge_node.process import prepare, serve
 from node.enrolment import start
 from semct.diffusion import ModelNotFound, NoSuchDevice
 from semct.prompts import EncoderNotFound
@@ -11,4 +11,4 @@ from semct.public_prompt import LanguageModelError
 
 if __name__ == "__main__":
     unfit = (ModelNotFound, NoSuchDevice, EncoderNotFound, LanguageModelError)
-    sys.exit(start(EdgeSettings, serve, "edge", unfit=unfit))
+    sys.exit(start(EdgeSettings, serve, "edge", prepare=prepare, unfit=unfit))

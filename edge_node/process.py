@@ -44,6 +44,12 @@ def main(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def prepare() -> None:
+    """Load what an edge that plans needs in any place: a second's work, for which it has time while it waits."""
+    load_sentence_encoder()
+    by_entity(_REHEARSAL[0])  # its tagger loads on first use
+
+
 def serve(settings: EdgeSettings) -> bool:
     """Load everything, warm it up, then serve: the birth says that the edge is ready. Whether the testbed ends."""
     torch.set_num_threads(settings.threads)
@@ -57,10 +63,10 @@ def serve(settings: EdgeSettings) -> bool:
 
 
 def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
+    prepare()
     encoder = load_sentence_encoder()
     writer = load_writer(settings.writer, encoder)
     writer.write(_REHEARSAL, 0)
-    by_entity(_REHEARSAL[0])  # its tagger loads on first use
     return Planner(
         edge=settings.name,
         compute=worker.compute,

@@ -134,11 +134,13 @@ def start(
     serve: Callable[[Settings], bool],
     role: Literal["edge", "device"],
     *,
+    prepare: Callable[[], None] = lambda: None,
     unfit: tuple[type[Exception], ...],
 ) -> int:
     """A node program's command line: a settings file, or a broker at which to enrol. Returns the exit status.
 
-    ``unfit`` is what ``serve`` raises, in one sentence, where this machine lacks what the settings ask for.
+    ``prepare`` loads what serving needs in any place. ``unfit`` is what the two raise, in one sentence, where this
+    machine lacks what the settings ask for.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {role}_node", description=f"One {role} of a testbed.")
     parser.add_argument("settings", nargs="?", help="a settings file (JSON); without one, the runner assigns a place")
@@ -164,6 +166,7 @@ def start(
             credentials=arguments.credentials,
             metrics=arguments.metrics,
         )
+        prepare()
         serve_enrolled(kind, serve, door)
     except said as error:
         sys.exit(str(error))

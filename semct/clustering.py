@@ -7,8 +7,11 @@ clustering-free one takes the batch as one cluster [11].
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -17,7 +20,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -276,9 +279,7 @@ def main_entity(prompt: str) -> str:
 
     The tagger errs on about one prompt in thirty, mostly on a noun that is also a verb or an adverb.
     """
-    from textblob.en import tag  # noqa: PLC0415 (slow import)
-    from textblob.en.inflect import singularize  # noqa: PLC0415
-
+    tag, singularize = _tagger()
     tokens = tag(_POSSESSIVE.sub("", prompt), tokenize=True)
     head, determined = "", False
     for (word, part), (after, after_part) in zip(tokens, [*tokens, ("", ".")][1:], strict=True):
@@ -295,6 +296,27 @@ def main_entity(prompt: str) -> str:
             head = word
         determined = determined or part in {"DT", "PRP$"}
     return (head or prompt).strip().lower()
+
+
+@functools.cache
+def _tagger() -> tuple[Callable[..., list[tuple[str, str]]], Callable[[str], str]]:
+    """TextBlob's tagger, and what it makes a noun singular with. NLTK, which it brings, would bring 1.3 s of others."""
+    with _as_if_missing("scipy.stats", "sklearn"):
+        from textblob.en import tag  # noqa: PLC0415 (slow import)
+        from textblob.en.inflect import singularize  # noqa: PLC0415
+    return tag, singularize
+
+
+@contextmanager
+def _as_if_missing(*modules: str) -> Iterator[None]:
+    """Who imports one of them meanwhile is told that it is not installed, unless it is there already."""
+    absent = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None is Python's sign for it
+    try:
+        yield
+    finally:
+        for module in absent:
+            del sys.modules[module]
 
 
 def _by_key(keys: Iterable[Hashable]) -> Partition:

@@ -87,6 +87,32 @@ def test_the_image_and_what_a_further_device_takes_are_small() -> None:
     assert 100 < memory.min() <= memory.max() <= 200  # torch alone takes more than 100
 
 
+def test_what_the_parts_import_is_compiled_already() -> None:
+    """A container cannot keep what it compiles, and would do it again at each start."""
+    parts = (
+        "import device_node.__main__, edge_node.__main__, netem.containers, netem.scheduler, experiments.runner;"
+        "from edge_node.process import load_sentence_encoder, load_writer, prepare;"
+        "prepare(); load_writer('smollm2', load_sentence_encoder())"
+    )
+    script = f'touch /tmp/before && python -c "{parts}" && find /opt -name "*.pyc" -newer /tmp/before'
+    loading = [
+        "docker",
+        "run",
+        "--rm",
+        "--user",
+        "root",
+        "--env",
+        "PYTHONDONTWRITEBYTECODE=",
+        "semct",
+        "sh",
+        "-c",
+        script,
+    ]
+    done = subprocess.run(loading, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+
+
 def test_a_second_up_works_after_all_was_killed() -> None:
     failures: list[BaseException] = []
 
