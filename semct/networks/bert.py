@@ -16,7 +16,6 @@ class BertConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_type: Literal["bert"]
     hidden_act: Literal["gelu"]
-    hidden_size: int
     num_attention_heads: int
     num_hidden_layers: int
     layer_norm_eps: float
