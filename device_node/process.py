@@ -11,7 +11,7 @@ import torch
 
 from device_node.node import DeviceNode, DeviceSettings
 from node.settings import start_logging
-from node.worker import make_worker, warm_up
+from node.worker import make_worker
 from semct.diffusion import Denoiser, place
 
 _load = functools.cache(Denoiser.load)
@@ -24,7 +24,7 @@ def warm(arguments: dict[str, Any]) -> None:
     """
     torch.set_num_threads(1)
     for model in arguments["models"]:
-        warm_up(_load(model, device="cpu"))
+        _load(model, device="cpu").warm_up()
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -41,6 +41,6 @@ def serve(settings: DeviceSettings) -> bool:
     denoisers = {model: _load(model, device=device) for model in settings.models}
     if device != "cpu":
         for denoiser in denoisers.values():
-            warm_up(denoiser)
+            denoiser.warm_up()
     worker = make_worker(settings, denoisers)
     return asyncio.run(DeviceNode(settings, worker).run())

@@ -12,7 +12,7 @@ import torch
 from edge_node.node import EdgeNode, EdgeSettings
 from edge_node.planning import Planner
 from node.settings import start_logging
-from node.worker import Worker, make_worker, warm_up
+from node.worker import Worker, make_worker
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser, place
 from semct.planner.learned import load_policy
@@ -34,7 +34,7 @@ def warm(arguments: dict[str, Any]) -> None:
     """
     torch.set_num_threads(1)
     for model in arguments["models"]:
-        warm_up(_load(model, device="cpu"))
+        _load(model, device="cpu").warm_up()
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -56,7 +56,7 @@ def serve(settings: EdgeSettings) -> bool:
     device = place(settings.torch_device)
     denoisers = {model: _load(model, device=device) for model in settings.models}
     for denoiser in denoisers.values():
-        warm_up(denoiser)
+        denoiser.warm_up()
     worker = make_worker(settings, denoisers)
     planner = _planner(settings, worker) if settings.plans else None
     return asyncio.run(EdgeNode(settings, worker, planner).run())

@@ -282,12 +282,6 @@ def make_worker(settings: NodeSettings, denoisers: Mapping[str, Denoiser]) -> Wo
     )
 
 
-def warm_up(denoiser: Denoiser) -> None:
-    """One step and one decode, so that the first request is like the others."""
-    (latent,) = denoiser.run([denoiser.noise(0)], 0, 1, 1, [""])
-    denoiser.decode([latent])
-
-
 def _png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")

@@ -108,7 +108,7 @@ def _source(model: str) -> Path:
 def _other_parts(source: Path) -> Path:
     """The folder of what a model has beside its transformer: its own, or another one."""
     parts = source / _PARTS
-    return source / msgspec.json.decode(parts.read_bytes(), type=OtherParts).of if parts.exists() else source
+    return source / _settings(parts, OtherParts).of if parts.exists() else source
 
 
 def _left_out(folder: Path) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class Denoiser:
         text = _SentenceText(load_sentence_encoder(), conditioning)
         denoiser = cls(network, text, name=model, guidance=conditioning.guidance)
         try:
-            denoiser.decode(denoiser.run([denoiser.noise(0)], 0, 1, 1, [""]))  # what does not fit together says so
+            denoiser.warm_up()  # what does not fit together says so
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         return denoiser
@@ -344,6 +344,10 @@ class Denoiser:
         self._encode.cache_clear()
         self._blend.cache_clear()
         self.encode("")
+
+    def warm_up(self) -> None:
+        """One step and one decode, so that the first request is like the others."""
+        self.decode(self.run([self.noise(0)], 0, 1, 1, [""]))
 
     def noise(self, seed: int) -> Tensor:
         """The latent at step 0: the same numbers on every device."""
