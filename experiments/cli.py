@@ -177,7 +177,7 @@ def study(
 @app.command()
 def plan(
     prompts: Annotated[Path, typer.Argument(help="A text file with a prompt a line, or YAML: a list or a prompt set.")],
-    scenario: Annotated[Path, typer.Option(help="Whose hardware, weights and planning.")] = FOLDER
+    scenario: Annotated[Path, typer.Option(help="Whose hardware, links, weights and planning.")] = FOLDER
     / "scenarios"
     / "quickstart.yaml",
     framework: Annotated[str, typer.Option(help="`semct frameworks` lists them.")] = "semct",
@@ -195,7 +195,8 @@ def plan(
 
     try:
         wanted = load_scenario(scenario)
-        found = preview(read_prompts(prompts), wanted, framework, Simulator(load_sentence_encoder()))
+        asked, simulator = read_prompts(prompts), Simulator(load_sentence_encoder())
+        found = preview(asked, wanted, framework, simulator, scenario.parent)
     except (
         BadScenario,
         LanguageModelError,

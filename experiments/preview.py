@@ -74,14 +74,15 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def preview(prompts: Sequence[str], scenario: Scenario, framework: str, simulator: Simulator) -> Preview:
+def preview(prompts: Sequence[str], scenario: Scenario, framework: str, simulator: Simulator, beside: Path) -> Preview:
     """Plan these prompts as the scenario's edge would, a device of the scenario's kinds for each.
 
-    The scenario's groups of devices keep their proportions. Latency is without the time of planning, which a cold
-    start here would overstate. Raises what the framework and the scenario's names raise.
+    The scenario's groups of devices keep their proportions, and links are as when a run's first round begins; trace
+    files lie ``beside`` the scenario. Latency is without the time of planning, which a cold start here would
+    overstate. Raises what the framework, the scenario's names and its links raise.
     """
     fitted = with_users(scenario, len(prompts))
-    planner, _ = simulator.planner(fitted, {})
+    planner, _ = simulator.planner(fitted, simulator.links_of(fitted, beside)(0))
     asked = [
         messages.Request(
             round="plan",

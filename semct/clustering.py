@@ -30,7 +30,8 @@ Partition = tuple[tuple[int, ...], ...]
 Number = int | Literal["utility", "silhouette"]
 """The number of clusters K, or how to find it."""
 
-_EQUAL = 1 - 1e-6  # embeddings are float32: equal prompts may fall short of a cosine of 1 by its last bits
+EQUAL = 1e-6
+"""Cosines of float32 embeddings differ by that much for nothing, and otherwise on another processor."""
 
 _MOST_SILHOUETTES = 64  # clusters; 10,000 prompts then take seconds
 
@@ -65,7 +66,7 @@ class Dendrogram(msgspec.Struct, frozen=True):
         if clusters < 1:
             msg = f"A partition has at least 1 cluster; {clusters} were asked for."
             raise ValueError(msg)
-        equal = sum(merge.similarity >= _EQUAL for merge in self.merges)
+        equal = sum(merge.similarity >= 1 - EQUAL for merge in self.merges)
         return self._after(max(self.prompts - clusters, equal))
 
     def _after(self, merges: int) -> Partition:
@@ -257,7 +258,15 @@ def medoid(embeddings: NDArray[np.floating]) -> int:
     Args:
         embeddings: Unit sentence vectors, (n, d), n at least 1.
     """
-    return int(np.argmax(embeddings @ embeddings.sum(axis=0)))
+    return first_best(embeddings @ embeddings.mean(axis=0))
+
+
+def first_best(cosines: NDArray[np.floating]) -> int:
+    """Return the index of the greatest of some cosines (n,); of several that are as good as equal, the first.
+
+    So two prompts that are each as near to the other have the same medoid on every machine.
+    """
+    return int(np.argmax(cosines >= cosines.max() - EQUAL))
 
 
 def mean_similarity(embeddings: NDArray[np.floating]) -> float:

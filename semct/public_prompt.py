@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from semct import packed_weights
-from semct.clustering import medoid
-from semct.precision import fast_type
+from semct.clustering import EQUAL, first_best, medoid
 from semct.routes import Prompt, blend
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ Source = Literal["llm", "extract", "medoid", "member", "mean"]
 """Who wrote a public prompt: the language model; nobody, it is the wording that members share; the most
 central member; another member; nobody, it has no words and is the mean of the members' conditionings."""
 
-_EQUAL = 1e-6  # cosines of float32 embeddings differ by that much for nothing
 _LONGEST_COMPLETION = 16  # tokens
 _ENOUGH = 0.75  # of the completions have ended: those still going on are rambling
 _LONGEST_LIST = 12  # prompts that the model reads of one cluster
@@ -238,7 +236,8 @@ class LanguageModelWriter:
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
         packed = prepare() if str(model) == SMOLLM2 else None
-        dtype = fast_type(device)
+        # Not in bfloat16 on a processor: only some multiply it fast, and rounded so the same seed draws other words.
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = AutoTokenizer.from_pretrained(packed or model)
             if packed:
@@ -296,8 +295,8 @@ class LanguageModelWriter:
         if sources[texts[-1]] == "medoid" and leaks(members[central], members):
             others = [prompt != members[central] for prompt in members]
             scores[-1] = cosines[-1, others].mean()
-        best = int(np.argmax(scores))
-        below = bool(means[best] < (vectors @ vectors[central]).mean() - _EQUAL)
+        best = first_best(scores)
+        below = bool(means[best] < (vectors @ vectors[central]).mean() - EQUAL)
         return PublicPrompt(texts[best], sources[texts[best]], float(means[best]), len(texts), below)
 
     @torch.inference_mode()
@@ -486,9 +485,12 @@ def _repeated(state: Any, times: int) -> Any:
 def _draw(logits: torch.Tensor, greedy: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a token for each row (temperature 0.8, top 40, nucleus 0.95, min-p 0.05) or take the likeliest."""
     top = (logits / 0.8).topk(min(40, logits.shape[1]))
-    chances = top.values.softmax(dim=-1).cpu()
+    chances = top.values.double().softmax(dim=-1).cpu()
     kept = (chances.cumsum(dim=-1) - chances < 0.95) & (chances >= 0.05 * chances[:, :1])
-    choice = torch.multinomial(chances * kept, 1, generator=generator)[:, 0]
+    # torch.multinomial draws other tokens on other processors.
+    reached = (chances * kept).cumsum(dim=-1)
+    point = reached[:, -1:] * torch.rand(len(reached), 1, generator=generator, dtype=torch.float64)
+    choice = torch.searchsorted(reached, point, right=True)[:, 0]
     return top.indices.cpu().gather(1, choice.masked_fill(greedy, 0)[:, None])[:, 0]
 
 

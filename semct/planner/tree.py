@@ -22,13 +22,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from semct.clustering import Dendrogram, medoid
+from semct.clustering import EQUAL, Dendrogram, medoid
 from semct.cost import Floats, Network, Outcome, Outcomes, Users, Weights, device_only, utilities
 from semct.planner.shares import shares
 from semct.quality import QualityModel
 from semct.routes import Cluster, Plan, Prediction, Prompt, Request, blend, route
 
-_EQUAL = 1 - 1e-6  # embeddings are float32: equal prompts may fall short of a cosine of 1 by its last bits
 _OWN = 0.2  # of the steps: measured on the embedded model, see docs/sharing.md
 
 
@@ -161,7 +160,7 @@ def allowed_stops(tree: PromptTree, quality: QualityModel, steps: int, most_shar
     means = [np.full(len(tree.members[v]), 1 / len(tree.members[v])) for v in inner]
     falls = np.array([_lost_together(tree, v, quality, steps, m) for v, m in zip(inner, means, strict=True)])
     falls = falls.reshape(-1, steps + 1)
-    different = np.array([tree.similarity[v].min() < _EQUAL for v in inner], dtype=bool)
+    different = np.array([tree.similarity[v].min() < 1 - EQUAL for v in inner], dtype=bool)
     bound = falls[-1, min(most_shared, steps)] if len(falls) else 0.0
     last = np.where(different, int(steps * (1 - _OWN)), steps)
     at = np.arange(steps + 1)

@@ -108,7 +108,9 @@ def test_the_framework_of_the_page_works_and_is_short(tmp_path: Path, monkeypatc
     monkeypatch.setattr(frameworks, "_registered", dict(frameworks._registered))
     importlib.import_module("half_and_half")
     scenario = load_scenario(ROOT / "experiments" / "scenarios" / "quickstart.yaml")
-    found = preview(["a red bus", "a blue bus"], scenario, "half-and-half", Simulator(load_sentence_encoder()))
+    found = preview(
+        ["a red bus", "a blue bus"], scenario, "half-and-half", Simulator(load_sentence_encoder()), tmp_path
+    )
     half = scenario.steps // 2
     assert [(r.edge, r.on_device) for cluster in found.clusters for r in cluster.requests] == 2 * [(half, half)]
     assert all(r.latency > 0 and r.energy > 0 for cluster in found.clusters for r in cluster.requests)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.preview import preview, read_prompts, render
-from experiments.scenario import FOLDER, BadScenario, Planning, load_scenario
+from experiments.scenario import FOLDER, BadScenario, DeviceLinks, Planning, load_scenario
 from experiments.simulation import Simulator
 from semct.prompts import load_sentence_encoder
 
@@ -41,7 +41,7 @@ def simulator() -> Simulator:
 def test_a_plan_shows_clusters_splits_shares_and_predictions(simulator: Simulator) -> None:
     scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
     scenario = msgspec.structs.replace(scenario, planning=Planning(clusters=3, writer="medoid"))
-    found = preview(PROMPTS, scenario, "semct", simulator)
+    found = preview(PROMPTS, scenario, "semct", simulator, FOLDER)
     assert sorted(r.prompt for c in found.clusters for r in c.requests) == sorted(PROMPTS)
     assert len(found.clusters) == 3
     assert sum(c.share or 0 for c in found.clusters) == pytest.approx(1)
@@ -62,10 +62,19 @@ def test_a_plan_shows_clusters_splits_shares_and_predictions(simulator: Simulato
     assert msgspec.json.decode(msgspec.json.encode(found))["framework"] == "semct"
 
 
+def test_the_scenarios_links_are_planned_for(simulator: Simulator) -> None:
+    scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
+    unshaped = msgspec.structs.replace(scenario, links=DeviceLinks())
+    without = preview(PROMPTS, unshaped, "edge-only", simulator, FOLDER)
+    shaped = preview(PROMPTS, scenario, "edge-only", simulator, FOLDER)
+    seconds = [{r.device: r.latency for c in found.clusters for r in c.requests} for found in (without, shaped)]
+    assert all(seconds[1][device] > seconds[0][device] for device in seconds[0])
+
+
 def test_splits_may_come_from_agents_that_learned_to(simulator: Simulator) -> None:
     scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
     scenario = msgspec.structs.replace(scenario, planning=Planning(clusters=2, writer="medoid", tier="learned"))
-    found = preview(PROMPTS, scenario, "semct", simulator)
+    found = preview(PROMPTS, scenario, "semct", simulator, FOLDER)
     assert found.gap is None
     assert sorted(r.prompt for c in found.clusters for r in c.requests) == sorted(PROMPTS)
 
@@ -73,7 +82,7 @@ def test_splits_may_come_from_agents_that_learned_to(simulator: Simulator) -> No
 def test_requests_without_a_cluster_are_shown_too(simulator: Simulator) -> None:
     scenario = load_scenario(FOLDER / "scenarios" / "quickstart.yaml")
     scenario = msgspec.structs.replace(scenario, planning=Planning(writer="medoid"))
-    (alone,) = preview(PROMPTS[:2], scenario, "device-only", simulator).clusters
+    (alone,) = preview(PROMPTS[:2], scenario, "device-only", simulator, FOLDER).clusters
     assert alone.public_prompt is None
     assert [r.on_device for r in alone.requests] == [scenario.steps] * 2
 

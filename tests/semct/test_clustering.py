@@ -123,6 +123,12 @@ def test_the_medoid_is_nearest_to_all(vectors: NDArray[np.float64]) -> None:
 
 
 @given(embeddings())
+def test_of_two_the_medoid_is_the_first(vectors: NDArray[np.float64]) -> None:
+    pair = vectors[[0, -1]].astype(np.float32)
+    assert medoid(pair) == 0
+
+
+@given(embeddings())
 def test_mean_similarity_is_over_pairs(vectors: NDArray[np.float64]) -> None:
     pairs = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i)]
     assert mean_similarity(vectors) == pytest.approx(np.mean(pairs) if pairs else 1.0)

@@ -1,5 +1,6 @@
 """Public prompts say what members share, are the same for the same seed, and survive a bad language model."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,7 @@ from semct.public_prompt import (
     PublicPrompt,
     RandomMemberWriter,
     Writer,
+    _draw,
     embed_prompts,
     leaks,
     prepare,
@@ -80,6 +83,40 @@ def test_the_language_model_says_what_members_share(smollm2: LanguageModelWriter
 
 def test_same_seed_same_prompts(smollm2: LanguageModelWriter) -> None:
     assert smollm2.write([SNOW, NIGHT], seed=3) == smollm2.write([SNOW, NIGHT], seed=3)
+
+
+ON_A_PROCESSOR_WITHOUT_VECTORS = """
+import sys
+import msgspec
+from semct.prompts import load_sentence_encoder
+from semct.public_prompt import LanguageModelWriter
+writer = LanguageModelWriter.load("smollm2", load_sentence_encoder())
+clusters, seeds = msgspec.json.decode(sys.argv[1])
+print(msgspec.json.encode([[p.text for p in writer.write(clusters, seed)] for seed in seeds]).decode())
+"""
+
+
+def test_same_seed_same_words_on_other_processors(smollm2: LanguageModelWriter) -> None:
+    clusters, seeds = [SNOW, NIGHT, CATS, ["a dog on a sandy beach", "a cat on a sandy beach"]], [0, 1, 7]
+    asked = msgspec.json.encode([clusters, seeds]).decode()
+    other = subprocess.run(
+        [sys.executable, "-c", ON_A_PROCESSOR_WITHOUT_VECTORS, asked],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+        capture_output=True,
+        check=True,
+    )
+    written = [[prompt.text for prompt in smollm2.write(clusters, seed)] for seed in seeds]
+    assert msgspec.json.decode(other.stdout.splitlines()[-1]) == written
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, -9.0]).repeat(4000, 1)
+    drawn = _draw(logits, torch.arange(4000) < 100, torch.Generator().manual_seed(1))
+    assert (drawn[:100] == 0).all()
+    found = drawn[100:].bincount(minlength=4) / 3900
+    chances = (logits[0, :3] / 0.8).softmax(dim=0)
+    assert found[:3].tolist() == pytest.approx(chances.tolist(), abs=0.025)
+    assert found[3] == 0  # too unlikely beside the likeliest
 
 
 def test_clusters_without_a_choice_need_no_language_model(encoder: SentenceEncoder) -> None:
