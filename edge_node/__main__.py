@@ -6,8 +6,8 @@ from edge_node.node import EdgeSettings
 from edge_node.process import prepare, serve
 from node.enrolment import start
 from semct.diffusion import ModelNotFound, NoSuchDevice
+from semct.language_model import LanguageModelError
 from semct.prompts import EncoderNotFound
-from semct.public_prompt import LanguageModelError
 
 if __name__ == "__main__":
     unfit = (ModelNotFound, NoSuchDevice, EncoderNotFound, LanguageModelError)

@@ -15,9 +15,10 @@ from node.settings import start_logging
 from node.worker import Worker, make_worker
 from semct.clustering import by_entity
 from semct.diffusion import Denoiser, place
+from semct.language_model import SMOLLM2
 from semct.planner.learned import load_policy
 from semct.prompts import SentenceEncoder, load_sentence_encoder
-from semct.public_prompt import SMOLLM2, LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
+from semct.public_prompt import LanguageModelWriter, MeanWriter, MedoidWriter, RandomMemberWriter, Writer
 from semct.quality import load_quality_model
 
 _REHEARSAL = [["a cat on a beach", "a dog on a beach"]]
@@ -65,7 +66,7 @@ def serve(settings: EdgeSettings) -> bool:
 def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
     prepare()
     encoder = load_sentence_encoder()
-    writer = load_writer(settings.writer, encoder)
+    writer = load_writer(settings.writer, encoder, device=place(settings.torch_device))
     writer.write(_REHEARSAL, 0)
     return Planner(
         edge=settings.name,
@@ -84,8 +85,8 @@ def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
     )
 
 
-def load_writer(name: str, encoder: SentenceEncoder) -> Writer:
-    """Who words public prompts: a rule, or a language model by name."""
+def load_writer(name: str, encoder: SentenceEncoder, *, device: str = "cpu") -> Writer:
+    """Who words public prompts: a rule, or a language model by name; others than the packaged one on a torch device."""
     match name:
         case "mean":
             return MeanWriter(encoder)
@@ -96,4 +97,4 @@ def load_writer(name: str, encoder: SentenceEncoder) -> Writer:
         case "best-of-n":
             return LanguageModelWriter.load(SMOLLM2, encoder, plain=True)
         case _:
-            return LanguageModelWriter.load(name, encoder)
+            return LanguageModelWriter.load(name, encoder, device=device)

@@ -189,8 +189,8 @@ def plan(
     from semct.compute import UnknownProfile  # noqa: PLC0415
     from semct.diffusion import ModelNotFound  # noqa: PLC0415
     from semct.frameworks import UnknownFramework  # noqa: PLC0415
+    from semct.language_model import LanguageModelError  # noqa: PLC0415
     from semct.prompts import load_sentence_encoder  # noqa: PLC0415
-    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
     from semct.quality import QualityModelError  # noqa: PLC0415
 
     try:
@@ -596,7 +596,7 @@ def _simulating() -> Iterator[None]:
     from experiments.simulation import SimulationFailed  # noqa: PLC0415
     from semct.compute import UnknownProfile  # noqa: PLC0415
     from semct.frameworks import UnknownFramework  # noqa: PLC0415
-    from semct.public_prompt import LanguageModelError  # noqa: PLC0415
+    from semct.language_model import LanguageModelError  # noqa: PLC0415
     from semct.quality import QualityModelError  # noqa: PLC0415
 
     try:

@@ -111,7 +111,7 @@ def _broker() -> Finding:
 
 
 def _writer() -> Finding:
-    from semct.public_prompt import LanguageModelError, prepare  # noqa: PLC0415
+    from semct.language_model import LanguageModelError, prepare  # noqa: PLC0415
 
     try:
         return Finding("language model", "yes", f"SmolLM2 is ready in {prepare()}")

@@ -12,10 +12,12 @@ A block is 32 neighbouring values of a row; its numbers are little-endian (ggml'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from semct.networks.weights import Weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,27 +65,17 @@ def pack(gguf_file: Path, folder: Path) -> None:
     save_file(weights, folder / _FILE)
 
 
-def load(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model of a folder that ``pack`` wrote, a LlamaForCausalLM on the CPU in the given type.
+def load(folder: Path) -> Weights:
+    """Return the weights of a folder that ``pack`` wrote, in float32.
 
     Raises:
-        Exception: The folder is broken: safetensors and transformers raise almost anything.
+        OSError: There is no such file in it.
+        SafetensorError: It is broken.
+        ValueError: Blocks are of no known size.
     """
     from safetensors.numpy import load_file  # noqa: PLC0415
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow import)
 
-    weights = {name: torch.from_numpy(values(rows)).to(dtype) for name, rows in load_file(folder / _FILE).items()}
-    network, found = cast("Any", LlamaForCausalLM).from_pretrained(
-        None,
-        config=LlamaConfig.from_json_file(folder / "config.json"),
-        state_dict=weights,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    if found["missing_keys"]:  # they are random now
-        msg = f"{folder / _FILE} lacks {min(found['missing_keys'])}"
-        raise ValueError(msg)
-    return network
+    return Weights({name: torch.from_numpy(values(rows)) for name, rows in load_file(folder / _FILE).items()})
 
 
 def values(rows: NDArray[Any]) -> NDArray[np.float32]:

