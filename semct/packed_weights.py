@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-
-from semct.networks.weights import Weights
+from safetensors import safe_open
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -65,17 +65,26 @@ def pack(gguf_file: Path, folder: Path) -> None:
     save_file(weights, folder / _FILE)
 
 
-def load(folder: Path) -> Weights:
-    """Return the weights of a folder that ``pack`` wrote, in float32.
+def load(folder: Path) -> Callable[[str], torch.Tensor]:
+    """Return what gives a weight in float32 by its name, from a folder that ``pack`` wrote.
+
+    It is made when it is asked for, so that not all of them need be in memory at once; ``ValueError`` where there is
+    none of that name.
 
     Raises:
-        OSError: There is no such file in it.
+        OSError: There is no such file in the folder.
         SafetensorError: It is broken.
-        ValueError: Blocks are of no known size.
     """
-    from safetensors.numpy import load_file  # noqa: PLC0415
+    file: Any = safe_open(folder / _FILE, framework="np")
+    names = set(file.keys())
 
-    return Weights({name: torch.from_numpy(values(rows)) for name, rows in load_file(folder / _FILE).items()})
+    def weight(name: str) -> torch.Tensor:
+        if name not in names:
+            msg = f"{folder / _FILE} lacks {name}"
+            raise ValueError(msg)
+        return torch.from_numpy(values(file.get_tensor(name)))
+
+    return weight
 
 
 def values(rows: NDArray[Any]) -> NDArray[np.float32]:

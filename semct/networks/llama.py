@@ -64,12 +64,14 @@ class Llama:
 
     The n texts, token ids (n, length) of which so many count, go on where the spans ``before`` end. Each of these is of
     n texts, or of fewer: theirs are then gone on with in equally many ways each, those of one text beside each other.
+
+    Its weights, which ``read`` gives by name, are asked for one after the other: most are kept in another layout.
     """
 
-    def __init__(self, weights: Weights, config: LlamaConfig) -> None:
-        self._embeddings = weights["model.embed_tokens.weight"]
-        self._layers = [_Layer(weights.below(f"model.layers.{i}."), config) for i in range(config.num_hidden_layers)]
-        self._norm = weights.only("model.norm.weight")
+    def __init__(self, read: Callable[[str], Tensor], config: LlamaConfig) -> None:
+        self._embeddings = read("model.embed_tokens.weight")
+        self._layers = [_Layer(read, f"model.layers.{i}", config) for i in range(config.num_hidden_layers)]
+        self._norm = Weights({"norm.weight": read("model.norm.weight")})
         self._head = _matrix(self._embeddings)
         self._eps = config.rms_norm_eps
         width = self._embeddings.shape[1] // config.num_attention_heads
@@ -87,19 +89,23 @@ class Llama:
             x, key, value = layer(x, turn, [(span.keys[number], span.values[number], span.lengths) for span in before])
             keys.append(key)
             values.append(value)
-        last = self._norm.rms_norm("model.norm", x[torch.arange(len(ids)), lengths - 1], eps=self._eps)
+        last = self._norm.rms_norm("norm", x[torch.arange(len(ids)), lengths - 1], eps=self._eps)
         return self._head(last), Span(tuple(keys), tuple(values), lengths)
 
 
 class _Layer:
-    def __init__(self, weights: Weights, config: LlamaConfig) -> None:
-        self._norms = weights.only("input_layernorm.weight", "post_attention_layernorm.weight")
+    def __init__(self, read: Callable[[str], Tensor], name: str, config: LlamaConfig) -> None:
+        def matrix(block: str, *parts: str) -> Callable[[Tensor], Tensor]:
+            return _matrix(*(read(f"{name}.{block}.{part}_proj.weight") for part in parts))
+
+        norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
+        self._norms = Weights({norm: read(f"{name}.{norm}") for norm in norms})
         self._eps = config.rms_norm_eps
         self._heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        self._asked = _matrix(*(weights[f"self_attn.{part}_proj.weight"] for part in "qkv"))
-        self._taken = _matrix(weights["self_attn.o_proj.weight"])
-        self._inner = _matrix(*(weights[f"mlp.{part}_proj.weight"] for part in ("gate", "up")))
-        self._outer = _matrix(weights["mlp.down_proj.weight"])
+        self._asked = matrix("self_attn", "q", "k", "v")
+        self._taken = matrix("self_attn", "o")
+        self._inner = matrix("mlp", "gate", "up")
+        self._outer = matrix("mlp", "down")
 
     def __call__(
         self, x: Tensor, turn: tuple[Tensor, Tensor], known: Sequence[tuple[Tensor, Tensor, Tensor]]

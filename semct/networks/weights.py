@@ -39,10 +39,6 @@ class Weights:
             {name.removeprefix(prefix): tensor for name, tensor in self._tensors.items() if name.startswith(prefix)}
         )
 
-    def only(self, *names: str) -> Weights:
-        """These of them; raises ``ValueError`` where there is none of that name."""
-        return Weights({name: self[name] for name in names})
-
     def __getitem__(self, name: str) -> Tensor:
         """One of them; raises ``ValueError`` where there is none of that name."""
         if name not in self._tensors:

@@ -23,9 +23,9 @@ def network() -> Any:
 
     config = LlamaConfig.from_json_file(prepare() / "config.json")
     network = LlamaForCausalLM(config).eval()
-    weights = packed_weights.load(prepare())
+    weight = packed_weights.load(prepare())
     names = network.state_dict().keys() - {"lm_head.weight"}
-    network.load_state_dict({name: weights[name] for name in names}, strict=False)
+    network.load_state_dict({name: weight(name) for name in names}, strict=False)
     network.tie_weights()
     return network
 

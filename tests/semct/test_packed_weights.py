@@ -63,12 +63,12 @@ def test_packed_weights_are_those_that_transformers_reads(folder: Path) -> None:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (slow import)
 
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file="small.gguf", dtype=torch.float32)
-    ours = packed_weights.load(folder)
+    weight = packed_weights.load(folder)
     expected = theirs.state_dict()
     assert expected.pop("lm_head.weight") is not None
     for name, tensor in expected.items():
-        assert ours[name].dtype == torch.float32
-        assert torch.equal(ours[name], tensor), name
+        assert weight(name).dtype == torch.float32
+        assert torch.equal(weight(name), tensor), name
 
 
 def test_packed_weights_take_the_room_that_they_take_in_the_gguf_file(folder: Path) -> None:
@@ -92,3 +92,8 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
         packed_weights.pack(write_gguf(tmp_path / "other.gguf", of_attention=Type.Q4_0), tmp_path / "packed")
     with pytest.raises(ValueError, match="no type of weights has blocks of 17 bytes"):
         packed_weights.values(np.zeros((1, 1, 17), np.uint8))
+
+
+def test_a_weight_that_lacks_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"blocks\.safetensors lacks model\.norm\.bias"):
+        packed_weights.load(folder)("model.norm.bias")
