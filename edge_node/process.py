@@ -59,14 +59,14 @@ def serve(settings: EdgeSettings) -> bool:
     for denoiser in denoisers.values():
         denoiser.warm_up()
     worker = make_worker(settings, denoisers)
-    planner = _planner(settings, worker) if settings.plans else None
+    planner = _planner(settings, worker, device) if settings.plans else None
     return asyncio.run(EdgeNode(settings, worker, planner).run())
 
 
-def _planner(settings: EdgeSettings, worker: Worker) -> Planner:
+def _planner(settings: EdgeSettings, worker: Worker, device: str) -> Planner:
     prepare()
     encoder = load_sentence_encoder()
-    writer = load_writer(settings.writer, encoder, device=place(settings.torch_device))
+    writer = load_writer(settings.writer, encoder, device=device)
     writer.write(_REHEARSAL, 0)
     return Planner(
         edge=settings.name,

@@ -117,7 +117,7 @@ class SmolLM2:
         """The same after one more token of each row."""
         before: tuple[Span, ...] = (*state.before, state.own) if state.own else state.before
         logits, token = self._network(tokens[:, None], torch.ones_like(tokens), before)
-        return logits, _Read(state.before, state.own + token if state.own else token)
+        return logits, _Read(state.before, state.own.longer_by(token) if state.own else token)
 
     @torch.inference_mode()
     def _read(self, texts: Sequence[str], before: tuple[Span, ...]) -> tuple[torch.Tensor, _Read]:

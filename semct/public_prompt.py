@@ -357,13 +357,13 @@ def leaks(text: str, members: Sequence[str]) -> bool:
 def _draw(logits: torch.Tensor, greedy: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a token for each row (temperature 0.8, top 40, nucleus 0.95, min-p 0.05) or take the likeliest."""
     top = (logits / 0.8).topk(min(40, logits.shape[1]))
-    chances = top.values.double().softmax(dim=-1).cpu()
+    chances = top.values.double().softmax(dim=-1)
     kept = (chances.cumsum(dim=-1) - chances < 0.95) & (chances >= 0.05 * chances[:, :1])
     # torch.multinomial draws other tokens on other processors.
     reached = (chances * kept).cumsum(dim=-1)
     point = reached[:, -1:] * torch.rand(len(reached), 1, generator=generator, dtype=torch.float64)
     choice = torch.searchsorted(reached, point, right=True)[:, 0]
-    return top.indices.cpu().gather(1, choice.masked_fill(greedy, 0)[:, None])[:, 0]
+    return top.indices.gather(1, choice.masked_fill(greedy, 0)[:, None])[:, 0]
 
 
 def _question(prompts: Iterable[str]) -> str:

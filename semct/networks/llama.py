@@ -50,8 +50,8 @@ class Span(NamedTuple):
     values: tuple[Tensor, ...]
     lengths: Tensor
 
-    def __add__(self, other: Span) -> Span:  # type: ignore[override]
-        """Both as one, for texts of which this span is without padding."""
+    def longer_by(self, other: Span) -> Span:
+        """This one, which has no padding, and the next tokens of the same texts as one."""
         keys, values = (
             tuple(torch.cat(pair, dim=2) for pair in zip(mine, theirs, strict=True))
             for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
@@ -79,14 +79,21 @@ class Llama:
 
     def __call__(self, ids: Tensor, lengths: Tensor, before: Sequence[Span] = ()) -> tuple[Tensor, Span]:
         begun = torch.zeros_like(lengths)
+        masks = []
         for span in before:
-            begun = begun + span.lengths.repeat_interleave(len(ids) // len(span.lengths))
+            reached = span.lengths.repeat_interleave(len(ids) // len(span.lengths))
+            begun = begun + reached
+            masks.append(
+                (torch.arange(span.keys[0].shape[2]) >= reached[:, None])[:, None].expand(-1, ids.shape[1], -1)
+            )
+        masks.append(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1).expand(len(ids), -1, -1))
+        unseen = torch.cat(masks, dim=-1)[:, None]  # padding, and what comes later in a text
         angles = (begun[:, None] + torch.arange(ids.shape[1]))[:, None, :, None] * self._speeds
         turn = angles.cos().tile(2), angles.sin().tile(2)
         x = functional.embedding(ids, self._embeddings)
         keys, values = [], []
         for number, layer in enumerate(self._layers):
-            x, key, value = layer(x, turn, [(span.keys[number], span.values[number], span.lengths) for span in before])
+            x, key, value = layer(x, turn, [(span.keys[number], span.values[number]) for span in before], unseen)
             keys.append(key)
             values.append(value)
         last = self._norm.rms_norm("norm", x[torch.arange(len(ids)), lengths - 1], eps=self._eps)
@@ -108,13 +115,13 @@ class _Layer:
         self._outer = matrix("mlp", "down")
 
     def __call__(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], known: Sequence[tuple[Tensor, Tensor, Tensor]]
+        self, x: Tensor, turn: tuple[Tensor, Tensor], known: Sequence[tuple[Tensor, Tensor]], unseen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         normed = self._norms.rms_norm("input_layernorm", x, eps=self._eps)
         asked = self._asked(normed).view(*x.shape[:2], sum(self._heads), -1).transpose(1, 2)
         query, key, value = torch.split(asked, self._heads, dim=1)
         query, key = _turned(query, *turn), _turned(key, *turn)
-        x = x + self._taken(_attention(query, key, value, known).transpose(1, 2).flatten(2))
+        x = x + self._taken(_attention(query, [*known, (key, value)], unseen).transpose(1, 2).flatten(2))
         normed = self._norms.rms_norm("post_attention_layernorm", x, eps=self._eps)
         gate, up = self._inner(normed).chunk(2, dim=-1)
         return x + self._outer(functional.silu(gate) * up), key, value
@@ -138,8 +145,8 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat((-right, left), dim=-1) * sine
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, known: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Attention (texts, heads, length, width) to the spans that are known and, causally, to the texts' own tokens."""
+def _attention(query: Tensor, spans: Sequence[tuple[Tensor, Tensor]], unseen: Tensor) -> Tensor:
+    """Attention (texts, heads, length, width) to the keys and values of spans, but for what is ``unseen``."""
     texts, heads, length, width = query.shape
 
     def by_span(x: Tensor, spans: Tensor) -> Tensor:
@@ -153,14 +160,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, known: Sequence[tuple[
         return parts.transpose(1, 2).reshape(texts, heads, length, -1)
 
     query = query * width**-0.5
-    scores = []
-    for keys, _, lengths in known:
-        found = by_span(query, keys) @ keys.transpose(-1, -2)
-        beyond = torch.arange(keys.shape[2]) >= lengths[:, None]
-        scores.append(by_text(found.masked_fill_(beyond[:, None, None], -torch.inf)))
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    scores.append(by_text(by_span(query, key) @ key.transpose(-1, -2)).masked_fill(later, -torch.inf))
-    shares = torch.split(torch.cat(scores, dim=-1).softmax(dim=-1), [part.shape[-1] for part in scores], dim=-1)
-    values = [*(v for _, v, _ in known), value]
-    taken = [by_text(by_span(share, v) @ v) for share, v in zip(shares, values, strict=True)]
+    scores = torch.cat([by_text(by_span(query, keys) @ keys.transpose(-1, -2)) for keys, _ in spans], dim=-1)
+    shares = scores.masked_fill_(unseen, -torch.inf).softmax(dim=-1)
+    parts = torch.split(shares, [keys.shape[2] for keys, _ in spans], dim=-1)
+    taken = [by_text(by_span(part, values) @ values) for part, (_, values) in zip(parts, spans, strict=True)]
     return torch.stack(taken).sum(dim=0)

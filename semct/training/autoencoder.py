@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional
 
-from semct.precision import mixed
+from semct.training.precision import mixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

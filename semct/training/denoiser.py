@@ -11,8 +11,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from semct.precision import mixed
 from semct.training.autoencoder import CHANNELS
+from semct.training.precision import mixed
 
 if TYPE_CHECKING:
     from semct.training.data import Corpus

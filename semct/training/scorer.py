@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from semct.precision import mixed
 from semct.prompts import BUNDLED
 from semct.quality import ScorerConfig, ScorerNetwork
+from semct.training.precision import mixed
 from semct.training.scenes import SIZE, Example, Scene
 
 if TYPE_CHECKING:
