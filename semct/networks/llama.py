@@ -149,9 +149,9 @@ def _attention(query: Tensor, spans: Sequence[tuple[Tensor, Tensor]], unseen: Te
     """Attention (texts, heads, length, width) to the keys and values of spans, but for what is ``unseen``."""
     texts, heads, length, width = query.shape
 
-    def by_span(x: Tensor, spans: Tensor) -> Tensor:
-        """Rows for each text and head as rows for each text and head of a span."""
-        groups, of_span = spans.shape[:2]
+    def by_span(x: Tensor, kept: Tensor) -> Tensor:
+        """Rows for each text and head as rows for each text and head of what a span keeps."""
+        groups, of_span = kept.shape[:2]
         parts = x.reshape(groups, texts // groups, of_span, heads // of_span * length, -1)
         return parts.transpose(1, 2).flatten(2, 3)
 
